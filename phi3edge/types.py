@@ -1,0 +1,182 @@
+"""What crosses the stages of an export. Plain, frozen data; nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ROLES = (
+    "embedding",
+    "attn_norm",
+    "attn_qkv",
+    "attn_output",
+    "ffn_norm",
+    "ffn_gate_up",
+    "ffn_down",
+    "output_norm",
+    "head",
+)
+"""What a tensor of a decoder is for. Recipes speak of roles, never of tensor names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A named range of rows of a fused tensor: q, k, v of attn_qkv; gate, up of ffn_gate_up."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor that a checkpoint of a family must hold.
+
+    Attributes:
+        name: its name in the checkpoint.
+        role: one of ROLES.
+        layer: index of the decoder block, or None outside the blocks.
+        shape: (rows, columns) = (outputs, inputs) of a linear, (vocabulary, hidden) of an embedding, (n,) of a norm.
+        parts: the named row ranges of a fused tensor, in order; empty if it is not fused.
+    """
+
+    name: str
+    role: str
+    layer: int | None
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        size = 1
+        for n in self.shape:
+            size *= n
+        return size
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position embedding: `dim` leading channels of each head are rotated, base `theta`, no scaling."""
+
+    theta: float
+    dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A model as its config.json describes it: every number that its function depends on, and every tensor.
+
+    Attributes:
+        family: name of the family file (phi3edge/families/).
+        name: for people; the checkpoint's folder or hub name without the organization.
+        sliding_window: number of positions (the query's own included) that attention looks back at, or None.
+        bos_token_id: None where the config names none.
+        eos_token_ids: every id that ends a generation: config.json's and generation_config.json's, in that order.
+        dtype: dtype of the weights in the checkpoint ("bfloat16", "float16", "float32").
+        tied: the head is the embedding; then `tensors` has no "head".
+    """
+
+    family: str
+    name: str
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context_length: int
+    original_context_length: int
+    sliding_window: int | None
+    rope: Rope
+    norm_eps: float
+    activation: str
+    tied: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    dtype: str
+    tensors: tuple[TensorSpec, ...] = field(repr=False)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, as stored."""
+        return sum(t.size for t in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """What happens to one tensor.
+
+    Attributes:
+        codec: name of the codec it is written in.
+        method: how it is rounded: "rtn", or "cast" for float codecs.
+        bytes: size of its packed data.
+        wanted: the codec that the recipe named, where its declared fallback was taken instead; else None.
+    """
+
+    tensor: TensorSpec
+    codec: str
+    method: str
+    bytes: int
+    wanted: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QuantPlan:
+    """A codec and a method for every tensor, in the order in which they are written. Pure data."""
+
+    model: ModelSpec
+    recipe: str
+    tensors: tuple[TensorPlan, ...] = field(repr=False)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Packed size of all tensors, without file headers."""
+        return sum(t.bytes for t in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Packed bits over number of weights."""
+        return 8 * self.weight_bytes / self.model.parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """Rows of a weight on a codec's grid, not packed yet: what a method rounds to and a codec packs.
+
+    Which fields a codec uses, and how a weight is computed from them, is said in the codec's file. For blocks of n
+    weights a row of `columns` weights has columns/n blocks.
+
+    Attributes:
+        codec: name of the codec.
+        codes: integer codes, or the weights themselves for float codecs; shape (rows, columns).
+        scales: one per block, shape (rows, blocks): the float scale (dtype float32, already rounded to what the
+            format stores) or, in a super-block format, its integer code.
+        mins: like `scales`, for formats with a minimum per block; else None.
+        super_scales: float32, shape (rows, super-blocks), for super-block formats; else None.
+        super_mins: like `super_scales`, for formats with a minimum; else None.
+    """
+
+    codec: str
+    codes: np.ndarray
+    scales: np.ndarray | None = None
+    mins: np.ndarray | None = None
+    super_scales: np.ndarray | None = None
+    super_mins: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a checkpoint came from: a hub repository and commit, "demo", or a folder (then repository is None)."""
+
+    repository: str | None
+    revision: str | None
+    licence: str | None = None
+
+
+JSON = dict[str, Any]
