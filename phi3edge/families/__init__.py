@@ -1,0 +1,28 @@
+"""What a config.json means: one file per model family, found by config.json's model_type."""
+
+from phi3edge.errors import CheckpointError, UnsupportedError
+from phi3edge.registry import load, names
+from phi3edge.types import JSON, ModelSpec
+
+NOT_YET = {
+    "phi3small": "block-sparse attention, and its code lives in the repository",
+    "phimoe": "mixture of experts",
+    "phi3_v": "images",
+}
+
+
+def parse_config(config: JSON, generation_config: JSON | None, name: str) -> ModelSpec:
+    """The ModelSpec of a checkpoint.
+
+    Raises:
+        UnsupportedError: no family file for this model_type.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise CheckpointError("config.json: model_type is missing; expected a string such as 'phi3'")
+    if kind not in names("families"):
+        why = f" ({NOT_YET[kind]})" if kind in NOT_YET else ""
+        raise UnsupportedError(
+            f"config.json: model_type {kind!r} is not supported{why}", f"supported: {', '.join(names('families'))}"
+        )
+    return load("families", kind).parse(config, generation_config, name)

@@ -1,0 +1,254 @@
+"""Phi-3: `Phi3ForCausalLM` (mini-4k and its shape: plain rotary embedding, any number of KV heads).
+
+Every key of config.json is either used here, or checked to have the one value that phi3edge computes with, or known
+not to change the function. Anything else is refused: a key that is silently ignored is a model that is silently wrong.
+
+Sources: transformers' models/phi3/configuration_phi3.py and modeling_phi3.py, and the checkpoints' own config.json.
+"""
+
+from typing import Any
+
+from phi3edge.errors import CheckpointError, UnsupportedError
+from phi3edge.registry import did_you_mean
+from phi3edge.types import JSON, ModelSpec, Part, Rope, TensorSpec
+
+ARCHITECTURE = "Phi3ForCausalLM"
+NO_EFFECT = {
+    "_attn_implementation",
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "auto_map",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "embd_pdrop",
+    "eos_token_id",
+    "id2label",
+    "initializer_range",
+    "is_encoder_decoder",
+    "label2id",
+    "model_type",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "problem_type",
+    "resid_pdrop",
+    "return_dict",
+    "transformers_version",
+    "use_cache",
+    "_source",
+    "unsloth_fixed",
+    "unsloth_version",
+}
+"""Keys that inference does not read (dropouts, training, bookkeeping), or that are read elsewhere (token ids)."""
+
+FIXED: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "lm_head_bias": (False, None),
+    "hidden_act": ("silu",),
+    "rope_scaling": (None,),
+    "partial_rotary_factor": (1.0, 1, None),
+    "full_attn_mod": (1, None),
+    "interpolate_factor": (1, None),
+    "quantization_config": (None,),
+    "layer_types": (None,),
+}
+"""Keys that change the function, with the values that phi3edge computes with."""
+
+USED = {
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "original_max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_theta",
+    "sliding_window",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "dtype",
+    "vocab_size",
+    "head_dim",
+}
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def parse(config: JSON, generation_config: JSON | None, name: str) -> ModelSpec:
+    """Read a Phi-3 configuration.
+
+    Args:
+        config: config.json.
+        generation_config: generation_config.json, or None if the checkpoint has none.
+        name: the model's name, for people.
+
+    Raises:
+        UnsupportedError: a key or value that would change the function in a way that phi3edge does not compute.
+        CheckpointError: a missing key, or a value of the wrong kind or out of range.
+    """
+    architectures = config.get("architectures") or [ARCHITECTURE]
+    if architectures != [ARCHITECTURE]:
+        raise UnsupportedError(f"config.json: architectures is {architectures}; this family reads ['{ARCHITECTURE}']")
+    refuse_unknown(config)
+
+    hidden, heads = _positive(config, "hidden_size"), _positive(config, "num_attention_heads")
+    if hidden % heads:
+        raise CheckpointError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    kv_heads = _positive(config, "num_key_value_heads", default=heads)
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
+    head_dim = hidden // heads
+    if config.get("head_dim") not in (None, head_dim):
+        raise UnsupportedError(
+            f"config.json: head_dim is {config['head_dim']}; supported: hidden_size / num_attention_heads = {head_dim}"
+        )
+    if head_dim % 2:
+        raise CheckpointError(f"config.json: a head has {head_dim} channels; rotary embedding needs an even number")
+    context = _positive(config, "max_position_embeddings")
+    window = config.get("sliding_window")
+    if window is not None and (not _is_int(window) or window <= 0):
+        raise CheckpointError(f"config.json: sliding_window is {window!r}; expected a positive integer or null")
+    dtype = config.get("torch_dtype") or config.get("dtype") or "float32"
+    if dtype not in DTYPES:
+        raise UnsupportedError(f"config.json: dtype is {dtype!r}; supported: {', '.join(DTYPES)}")
+    tied = config.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise CheckpointError(f"config.json: tie_word_embeddings is {tied!r}; expected true or false")
+    vocab = _positive(config, "vocab_size")
+    layers, intermediate = _positive(config, "num_hidden_layers"), _positive(config, "intermediate_size")
+    generation = generation_config or {}
+    return ModelSpec(
+        family="phi3",
+        name=name,
+        layers=layers,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab,
+        context_length=context,
+        original_context_length=_positive(config, "original_max_position_embeddings", default=context),
+        sliding_window=window,
+        rope=Rope(theta=_rope_theta(config), dim=head_dim),
+        norm_eps=_number(config, "rms_norm_eps", 1e-5),
+        activation="silu",
+        tied=tied,
+        bos_token_id=_token_id("bos_token_id", config.get("bos_token_id"), vocab),
+        eos_token_ids=_eos_ids(config.get("eos_token_id"), generation.get("eos_token_id"), vocab),
+        pad_token_id=_token_id("pad_token_id", config.get("pad_token_id"), vocab),
+        dtype=dtype,
+        tensors=tuple(_tensors(layers, hidden, intermediate, heads * head_dim, kv_heads * head_dim, vocab, tied)),
+    )
+
+
+def refuse_unknown(config: JSON) -> None:
+    """Raise UnsupportedError for a key that is not known, or a fixed key with another value than we compute with."""
+    known = USED | NO_EFFECT | set(FIXED)
+    for key, value in config.items():
+        if key in FIXED and value not in FIXED[key]:
+            raise UnsupportedError(
+                f"config.json: {key} is {_short(value)}; family phi3 computes with {_short(FIXED[key][0])} only"
+            )
+        if key not in known:
+            raise UnsupportedError(
+                f"config.json: unknown key {key!r} (value {_short(value)}): it may change what the model computes",
+                did_you_mean(key, sorted(known)),
+            )
+
+
+def _tensors(layers: int, hidden: int, intermediate: int, q: int, kv: int, vocab: int, tied: bool) -> list[TensorSpec]:
+    """Every tensor in execution order; linears are (outputs, inputs)."""
+    qkv_parts = (Part("q", 0, q), Part("k", q, q + kv), Part("v", q + kv, q + 2 * kv))
+    gate_up_parts = (Part("gate", 0, intermediate), Part("up", intermediate, 2 * intermediate))
+    tensors = [TensorSpec("model.embed_tokens.weight", "embedding", None, (vocab, hidden))]
+    for n in range(layers):
+        block = f"model.layers.{n}"
+        tensors += [
+            TensorSpec(f"{block}.input_layernorm.weight", "attn_norm", n, (hidden,)),
+            TensorSpec(f"{block}.self_attn.qkv_proj.weight", "attn_qkv", n, (q + 2 * kv, hidden), qkv_parts),
+            TensorSpec(f"{block}.self_attn.o_proj.weight", "attn_output", n, (hidden, q)),
+            TensorSpec(f"{block}.post_attention_layernorm.weight", "ffn_norm", n, (hidden,)),
+            TensorSpec(f"{block}.mlp.gate_up_proj.weight", "ffn_gate_up", n, (2 * intermediate, hidden), gate_up_parts),
+            TensorSpec(f"{block}.mlp.down_proj.weight", "ffn_down", n, (hidden, intermediate)),
+        ]
+    tensors.append(TensorSpec("model.norm.weight", "output_norm", None, (hidden,)))
+    if not tied:
+        tensors.append(TensorSpec("lm_head.weight", "head", None, (vocab, hidden)))
+    return tensors
+
+
+def _rope_theta(config: JSON) -> float:
+    """theta from the original style (rope_theta) or transformers 5's (rope_parameters); any scaling is refused."""
+    parameters = config.get("rope_parameters")
+    if parameters is None:
+        return _number(config, "rope_theta", 10000.0)
+    if not isinstance(parameters, dict):
+        raise CheckpointError(f"config.json: rope_parameters is {_short(parameters)}; expected an object")
+    kind = parameters.get("rope_type", "default")
+    if kind != "default":
+        raise UnsupportedError(f"config.json: rope_parameters.rope_type is {kind!r}; family phi3 computes 'default' only")
+    if parameters.get("partial_rotary_factor", 1.0) not in (1.0, None):
+        raise UnsupportedError(
+            f"config.json: rope_parameters.partial_rotary_factor is {parameters['partial_rotary_factor']}; supported: 1.0"
+        )
+    unknown = set(parameters) - {"rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+    if unknown:
+        raise UnsupportedError(f"config.json: unknown key {sorted(unknown)[0]!r} in rope_parameters")
+    theta = _number(parameters, "rope_theta", _number(config, "rope_theta", 10000.0))
+    if "rope_theta" in config and config["rope_theta"] != theta:
+        raise CheckpointError(f"config.json: rope_theta is {config['rope_theta']}, but rope_parameters says {theta}")
+    return theta
+
+
+def _eos_ids(config_ids: Any, generation_ids: Any, vocab: int) -> tuple[int, ...]:
+    """All ids that end a generation, from an id or a list in each of the two files, first seen first."""
+    ids: list[int] = []
+    for key, value in (("config.json: eos_token_id", config_ids), ("generation_config.json: eos_token_id", generation_ids)):
+        for one in value if isinstance(value, list) else [value]:
+            token = _token_id(key, one, vocab)
+            if token is not None and token not in ids:
+                ids.append(token)
+    return tuple(ids)
+
+
+def _token_id(key: str, value: Any, vocab: int) -> int | None:
+    if value is None:
+        return None
+    if not _is_int(value) or not 0 <= value < vocab:
+        raise CheckpointError(f"{key} is {_short(value)}; expected an id from 0 to {vocab - 1}")
+    return value
+
+
+def _positive(config: JSON, key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise CheckpointError(f"config.json: {key} is missing")
+    if not _is_int(value) or not 0 < value < 2**31:
+        raise CheckpointError(f"config.json: {key} is {_short(value)}; expected a positive integer")
+    return value
+
+
+def _number(config: JSON, key: str, default: float) -> float:
+    value = config.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+        raise CheckpointError(f"config.json: {key} is {_short(value)}; expected a positive number")
+    return float(value)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
