@@ -1,0 +1,1 @@
+"""How a weight is rounded to a codec's grid: one file per method, found by its name."""

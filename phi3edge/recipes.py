@@ -1,0 +1,175 @@
+"""Recipes: which codec each role and layer of a model gets, as data (recipes/*.toml)."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any, Literal
+
+from pydantic import field_validator, model_validator
+
+from phi3edge import _toml
+from phi3edge._toml import Strict
+from phi3edge.codecs import holds, is_float
+from phi3edge.errors import ConfigError
+from phi3edge.registry import did_you_mean, names
+from phi3edge.types import ROLES, TensorSpec
+
+GROUPS = ("linear", "norm")
+"""Names in [codecs] that stand for several roles: every linear, every norm. A role's own name wins over its group."""
+
+
+def _known_codec(name: str) -> str:
+    if name not in names("codecs"):
+        raise ValueError(f"unknown codec {name!r}; {did_you_mean(name, names('codecs'))}")
+    return name
+
+
+class Layers(Strict):
+    """A choice among the n decoder blocks, numbered from 0.
+
+    Block i is chosen if it is in the first or last share of the blocks, or if it is every `every`-th of those that
+    follow the first share. With 1/8, 1/8 and 3 this is llama.cpp's `use_more_bits` (src/llama-quant.cpp).
+    """
+
+    first: str = "0"
+    last: str = "0"
+    every: int | None = None
+
+    @field_validator("first", "last")
+    @classmethod
+    def _share(cls, value: str) -> str:
+        if not 0 <= Fraction(value) <= 1:
+            raise ValueError("expected a share from 0 to 1, such as '1/8'")
+        return value
+
+    @field_validator("every")
+    @classmethod
+    def _step(cls, value: int | None) -> int | None:
+        if value is not None and value < 1:
+            raise ValueError("expected 1 or more")
+        return value
+
+    def chosen(self, layer: int, layers: int) -> bool:
+        """Whether block `layer` of `layers` is chosen."""
+        start = int(layers * Fraction(self.first))
+        stop = int(layers * (1 - Fraction(self.last)))
+        if layer < start or layer >= stop:
+            return True
+        return self.every is not None and (layer - start) % self.every == self.every - 1
+
+
+class Upgrade(Strict):
+    """Another codec for some roles in some layers."""
+
+    roles: tuple[str, ...]
+    layers: Layers
+    codec: str
+
+    _codec = field_validator("codec")(_known_codec)
+
+    @field_validator("roles")
+    @classmethod
+    def _known_roles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for role in value:
+            if role not in ROLES:
+                raise ValueError(f"unknown role {role!r}; {did_you_mean(role, ROLES)}")
+        return value
+
+
+class Recipe(Strict):
+    """A recipe file.
+
+    Attributes:
+        codecs: role, or "linear" or "norm" for all roles of that kind, to codec.
+        upgrades: exceptions by role and layer; the last one that applies wins.
+        fallback: codec to the codec that is taken where a row is not whole blocks of it.
+        gguf_file_type: the number that llama.cpp shows for this mix (`general.file_type`).
+    """
+
+    summary: str
+    formats: tuple[Literal["gguf", "onnx"], ...]
+    method: Literal["rtn"] = "rtn"
+    gguf_file_type: int | None = None
+    codecs: dict[str, str]
+    upgrades: tuple[Upgrade, ...] = ()
+    fallback: dict[str, str] = {}
+
+    @field_validator("codecs", "fallback")
+    @classmethod
+    def _codecs(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value.values():
+            _known_codec(name)
+        return value
+
+    @field_validator("fallback")
+    @classmethod
+    def _fallback_keys(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            _known_codec(name)
+        return value
+
+    @model_validator(mode="after")
+    def _complete(self) -> Recipe:
+        known = ROLES + GROUPS
+        for key in self.codecs:
+            if key not in known:
+                raise ValueError(f"[codecs] names unknown role {key!r}; {did_you_mean(key, known)}")
+        for role in ROLES:
+            if role not in self.codecs and group(role) not in self.codecs:
+                raise ValueError(f"[codecs] says nothing for role {role!r}; name it, or its group {group(role)!r}")
+        return self
+
+    def wanted(self, tensor: TensorSpec, layers: int, tied: bool) -> str:
+        """The codec that the recipe names for a tensor. A tied embedding is also the head, and gets the head's."""
+        role = "head" if tensor.role == "embedding" and tied else tensor.role
+        choice = self.codecs.get(role) or self.codecs[group(role)]
+        for upgrade in self.upgrades:
+            if role in upgrade.roles and tensor.layer is not None and upgrade.layers.chosen(tensor.layer, layers):
+                choice = upgrade.codec
+        return choice
+
+    def resolve(self, name: str, wanted: str, tensor: TensorSpec) -> str:
+        """The codec that can hold the tensor's rows: the wanted one, or the first declared fallback that can.
+
+        Raises:
+            ConfigError: no declared fallback holds the rows.
+        """
+        columns, codec, tried = tensor.shape[-1], wanted, [wanted]
+        while not holds(codec, columns):
+            codec = self.fallback.get(codec, "")
+            if not codec or codec in tried:
+                raise ConfigError(
+                    f"recipe {name}: {tensor.name} has rows of {columns} weights, which {' and '.join(tried)} cannot hold",
+                    "declare a codec with smaller blocks under [fallback], for example q4_k = 'q5_0'",
+                )
+            tried.append(codec)
+        return codec
+
+
+def group(role: str) -> str:
+    """ "norm" or "linear": the group that a role belongs to in a recipe."""
+    return "norm" if role.endswith("norm") else "linear"
+
+
+def load_recipe(name: str) -> tuple[str, Recipe]:
+    """A shipped recipe by name, or a user's own by the path of its .toml file.
+
+    Raises:
+        ConfigError: unknown name, or a file that is not a recipe.
+    """
+    stem, recipe = _toml.load("recipes", name, Recipe)
+    for role in ("attn_norm", "ffn_norm", "output_norm"):
+        codec = recipe.codecs.get(role) or recipe.codecs["norm"]
+        if not is_float(codec):
+            raise ConfigError(f"recipe {stem}: role {role} has codec {codec}; norms stay in a float codec such as f32")
+    return stem, recipe
+
+
+def shipped_recipes() -> dict[str, Recipe]:
+    """All recipes that come with phi3edge, by name."""
+    return {name: load_recipe(name)[1] for name in _toml.shipped("recipes")}
+
+
+def to_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data, for a manifest."""
+    return recipe.model_dump(mode="json", exclude_defaults=True)
