@@ -190,8 +190,8 @@ class _Reader:
         self.at = len(MAGIC)
         version = self.scalar("I", "version")
         if version not in (2, 3):
-            kind = "a big-endian file" if version in (2 << 24, 3 << 24) else f"version {version}"
-            self.fail(f"expected GGUF version 2 or 3 in little endian, got {kind}", "convert the model again")
+            got = "a big-endian file" if version in (2 << 24, 3 << 24) else f"version {version}"
+            self.fail(f"expected GGUF version 2 or 3 in little endian, got {got}", "convert the model again")
         tensor_count = self.count("tensors", SMALLEST_RECORD)
         pair_count = self.count("metadata pairs", SMALLEST_PAIR)
 
