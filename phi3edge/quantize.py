@@ -1,0 +1,79 @@
+"""Turns a checkpoint into a stream of packed rows, as a plan says: read, round, pack, on all cores, in order.
+
+Work is cut into chunks of rows. Worker threads read, round and pack a chunk (all of it releases the GIL); the stream
+gives the chunks back in file order with a bounded number in flight, so memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeAlias
+
+from phi3edge.codecs import codec
+from phi3edge.registry import load
+from phi3edge.types import QuantPlan, TensorPlan
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from phi3edge.checkpoint import Checkpoint
+
+CHUNK_WEIGHTS = 2**20
+"""Weights of one chunk: 4 MiB as float32, which stays in a core's share of the cache."""
+
+PackedTensor: TypeAlias = "tuple[TensorPlan, Iterator[np.ndarray]]"
+
+
+def threads_here() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def quantize(checkpoint: Checkpoint, plan: QuantPlan, threads: int | None = None) -> Iterator[PackedTensor]:
+    """Round and pack every tensor of a plan, in its order.
+
+    Yields:
+        A tensor's plan, and an iterator over its packed rows: uint8 arrays, in order. Take each tensor's rows to the
+        end before asking for the next tensor.
+
+    Raises:
+        CheckpointError: a weight that is not finite.
+    """
+    count = threads or threads_here()
+    work = ((t, start, stop) for t in plan.tensors for start, stop in _chunks(t))
+    with ThreadPoolExecutor(count, thread_name_prefix="quantize") as pool:
+        flying: deque[Future[np.ndarray]] = deque()
+
+        def fill() -> None:
+            while len(flying) < 2 * count and (item := next(work, None)):
+                flying.append(pool.submit(_pack_rows, checkpoint, *item))
+
+        def rows(chunks: int) -> Iterator[np.ndarray]:
+            for _ in range(chunks):
+                fill()
+                yield flying.popleft().result()
+
+        try:
+            for t in plan.tensors:
+                yield t, rows(len(_chunks(t)))
+        finally:
+            for future in flying:
+                future.cancel()
+
+
+def _chunks(t: TensorPlan) -> list[tuple[int, int]]:
+    """Row ranges of a tensor; a norm is one row."""
+    rows = t.tensor.shape[0] if len(t.tensor.shape) == 2 else 1
+    step = max(1, CHUNK_WEIGHTS // t.tensor.shape[-1])
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _pack_rows(checkpoint: Checkpoint, t: TensorPlan, start: int, stop: int) -> np.ndarray:
+    """Rows start to stop of a tensor, rounded and packed."""
+    module = codec(t.codec)
+    weight = checkpoint.rows(t.tensor.name, start, stop).reshape(stop - start, -1)
+    rounded: Callable = module.quantize if t.method == "cast" else load("methods", t.method).quantize
+    return module.pack(rounded(weight) if t.method == "cast" else rounded(weight, module))
