@@ -1,0 +1,451 @@
+"""Writes a GGUF file that llama.cpp runs as architecture `phi3`.
+
+Keys, names and shapes are those of llama.cpp's own converter; where it is known to go wrong, this goes another way:
+
+`general.name`. A GGUF file has no key for the whitespace flags of special tokens. llama.cpp (llama-vocab.cpp) derives
+them from the name: with "phi-3" or "phi3" in it, in any case, every special token but <unk>, <s> and <|endoftext|>
+swallows the spaces and newlines after it, and the tokens in RULE_TOKENS must exist ("unordered_map::at" otherwise).
+Phi-3's tokenizer declares just that (rstrip), so a chat prompt gets other ids where the rule is missed, as it is under
+the converter's spelling "Phi 3 Mini 4k Instruct". Here the flags decide and the name follows: `model_name`.
+
+End of generation. llama.cpp ends a generation at the ids of a few keys and at tokens with well-known texts. A
+checkpoint may list more ids (Phi-3: <|endoftext|>, <|assistant|>, <|end|>) than the converter's one: `end_ids`.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from phi3edge import registry
+from phi3edge.errors import OutputError, UnsupportedError, UsageError
+from phi3edge.gguf_file import DEFAULT_ALIGNMENT, ValueType, write_header
+from phi3edge.tokenizer import AddedToken, Vocabulary
+from phi3edge.types import ModelSpec, QuantPlan, Source, TensorPlan, TensorSpec
+
+ARCHITECTURE = "phi3"
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION: the layout of the blocks
+FLOAT_CODECS = ("f32", "f16", "bf16")
+
+TENSOR_NAMES = {
+    "embedding": "token_embd.weight",
+    "attn_norm": "blk.{layer}.attn_norm.weight",
+    "attn_qkv": "blk.{layer}.attn_qkv.weight",
+    "attn_output": "blk.{layer}.attn_output.weight",
+    "ffn_norm": "blk.{layer}.ffn_norm.weight",
+    "ffn_gate_up": "blk.{layer}.ffn_up.weight",
+    "ffn_down": "blk.{layer}.ffn_down.weight",
+    "output_norm": "output_norm.weight",
+    "head": "output.weight",
+}
+SPECIAL_KEYS = {"unk": "unknown", "sep": "seperator", "pad": "padding"}  # the second one is GGUF's spelling
+
+RULE_NAMES = re.compile("(phi)-?3", re.IGNORECASE)
+RULE_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
+RULE_EXEMPT = ("<unk>", "<s>", "<|endoftext|>")
+
+END_KEYS = ("eot", "eom", "fim_pad")  # each holds one id more; the last ends a generation and does nothing else
+END_OF_TURN = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>")
+END_TEXTS = frozenset({*END_OF_TURN, "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "<|end_of_text|>"})
+
+Metadata = dict[str, tuple[ValueType, Any]]
+Stream = Iterable[tuple[TensorPlan, Iterable[Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """A finished file, its size in bytes and the SHA-256 of its content, in hexadecimal."""
+
+    path: Path
+    bytes: int
+    sha256: str
+
+
+def emit(
+    plan: QuantPlan,
+    source: Source,
+    vocabulary: Vocabulary,
+    stream: Stream,
+    folder: Path,
+    name: str,
+    *,
+    file_type: int | None,
+    context_length: int | None = None,
+    split_max_size: int | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> list[WrittenFile]:
+    """Write `<name>.gguf`, or `<name>-00001-of-0000N.gguf` and so on, in one pass.
+
+    The data goes to hidden neighbours of the files, which get their names once everything is on the disk; whatever
+    interrupts that, nothing stays that looks finished, and what was there before stays as it was.
+
+    Args:
+        plan: what is written, and in which order.
+        source: where the checkpoint came from.
+        vocabulary: its tokenizer.
+        folder: where the files go; made if it is missing.
+        name: of the file, without its suffix.
+        stream: each tensor of the plan, in the plan's order, with its packed rows: C-contiguous buffers of bytes
+            (uint8 arrays, say) that nobody changes afterwards.
+        file_type: llama.cpp's number of the mix (llama_ftype), for people and tools; None leaves it out.
+        context_length: written as the model's context length instead of the checkpoint's.
+        split_max_size: files are at most this large, in bytes, headers included; None writes one file.
+        on_bytes: called with the number of bytes of each buffer once it is written.
+
+    Returns:
+        The files, in the order of their numbers; llama.cpp loads the first.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written.
+        UsageError: a tensor that is larger than `split_max_size`.
+        UnsupportedError: a model that llama.cpp's `phi3` cannot hold.
+    """
+    shared = metadata(plan, source, vocabulary, file_type=file_type, context_length=context_length)
+    shards = _shards(plan, shared, split_max_size)
+    names = _file_names(name, len(shards))
+    tensors = iter(stream)
+    with ExitStack() as stack:
+        files = []
+        for number, (shard, file_name) in enumerate(zip(shards, names, strict=True)):
+            file = stack.enter_context(_PartialFile(folder / file_name))
+            header = io.BytesIO()
+            pairs = (shared if number == 0 else {}) | _split_keys(number, len(shards), len(plan.tensors))
+            write_header(header, pairs, [_record(t) for t in shard])
+            file.write(header.getbuffer())
+            for expected in shard:
+                _write_tensor(file, expected, tensors, on_bytes)
+            file.close()
+            files.append(file)
+        if (extra := next(tensors, None)) is not None:
+            raise RuntimeError(f"expected no tensor after the plan's last, got {extra[0].tensor.name!r}")
+        # The first file last: llama.cpp starts from it, so a set without it does not load.
+        for file in reversed(files):
+            file.publish()
+    return [WrittenFile(file.path, file.bytes, file.sha256) for file in files]
+
+
+def tensor_name(tensor: TensorSpec) -> str:
+    """The name of a tensor in the file."""
+    return TENSOR_NAMES[tensor.role].format(layer=tensor.layer)
+
+
+def metadata(
+    plan: QuantPlan,
+    source: Source,
+    vocabulary: Vocabulary,
+    *,
+    file_type: int | None,
+    context_length: int | None = None,
+) -> Metadata:
+    """The key-value pairs of the file, in the order in which they are written.
+
+    Raises:
+        UnsupportedError: a model that llama.cpp's `phi3` cannot hold.
+    """
+    spec = plan.model
+    if spec.heads * spec.head_dim != spec.hidden_size:
+        raise UnsupportedError(
+            f"llama.cpp's phi3 needs heads * head_dim = hidden_size, got {spec.heads} * {spec.head_dim}"
+            f" and {spec.hidden_size}"
+        )
+    u32, f32, text, boolean = ValueType.UINT32, ValueType.FLOAT32, ValueType.STRING, ValueType.BOOL
+    pairs: Metadata = {
+        "general.architecture": (text, ARCHITECTURE),
+        "general.type": (text, "model"),
+        "general.name": (text, model_name(spec.name, vocabulary)),
+        "general.size_label": (text, size_label(spec.parameters)),
+    }
+    pairs |= _origin(source)
+    pairs |= {
+        f"{ARCHITECTURE}.context_length": (u32, context_length or spec.context_length),
+        f"{ARCHITECTURE}.rope.scaling.original_context_length": (u32, spec.original_context_length),
+        f"{ARCHITECTURE}.embedding_length": (u32, spec.hidden_size),
+        f"{ARCHITECTURE}.feed_forward_length": (u32, spec.intermediate_size),
+        f"{ARCHITECTURE}.block_count": (u32, spec.layers),
+        f"{ARCHITECTURE}.attention.head_count": (u32, spec.heads),
+        f"{ARCHITECTURE}.attention.head_count_kv": (u32, spec.kv_heads),
+        f"{ARCHITECTURE}.attention.layer_norm_rms_epsilon": (f32, spec.norm_eps),
+        f"{ARCHITECTURE}.rope.dimension_count": (u32, spec.rope.dim),
+        f"{ARCHITECTURE}.rope.freq_base": (f32, spec.rope.theta),
+    }
+    if file_type is not None:
+        pairs["general.file_type"] = (u32, file_type)
+    pairs[f"{ARCHITECTURE}.attention.sliding_window"] = (u32, spec.sliding_window or 0)
+    if any(t.codec not in FLOAT_CODECS for t in plan.tensors):
+        pairs["general.quantization_version"] = (u32, QUANTIZATION_VERSION)
+
+    pairs["tokenizer.ggml.model"] = (text, vocabulary.model)
+    pairs["tokenizer.ggml.pre"] = (text, vocabulary.pre)
+    pairs["tokenizer.ggml.tokens"] = (text, vocabulary.tokens)
+    if vocabulary.scores:
+        pairs["tokenizer.ggml.scores"] = (f32, vocabulary.scores)
+    pairs["tokenizer.ggml.token_type"] = (ValueType.INT32, vocabulary.types)
+    if vocabulary.merges:
+        pairs["tokenizer.ggml.merges"] = (text, vocabulary.merges)
+    ids = vocabulary.special_ids | end_ids(spec, vocabulary)
+    for kind, index in ids.items():
+        pairs[f"tokenizer.ggml.{SPECIAL_KEYS.get(kind, kind)}_token_id"] = (u32, index)
+    pairs["tokenizer.ggml.add_bos_token"] = (boolean, vocabulary.add_bos)
+    pairs["tokenizer.ggml.add_eos_token"] = (boolean, vocabulary.add_eos)
+    if vocabulary.model == "llama" and not vocabulary.add_space_prefix:
+        pairs["tokenizer.ggml.add_space_prefix"] = (boolean, False)
+    if vocabulary.other_templates:
+        pairs["tokenizer.chat_templates"] = (text, sorted(map(_template_name, vocabulary.other_templates)))
+        for template, body in sorted(vocabulary.other_templates.items()):
+            pairs[f"tokenizer.chat_template.{_template_name(template)}"] = (text, body)
+    if vocabulary.chat_template is not None:
+        pairs["tokenizer.chat_template"] = (text, vocabulary.chat_template)
+    return pairs
+
+
+def notes(spec: ModelSpec, vocabulary: Vocabulary) -> list[str]:
+    """One line for everything that the file cannot say, or llama.cpp does not do; for the plan and the report."""
+    found = list(vocabulary.notes)
+    rule = _applies_rule(vocabulary)
+    wrong = [t.content for t in vocabulary.added if t.rstrip != (rule and _rule_strips(t))]
+    if wrong:
+        verb = "take" if not rule else "do not take"
+        found.append(
+            f"llama.cpp strips space after special tokens for all or none: {', '.join(wrong)} should {verb} the space"
+            " that follows"
+        )
+    written = end_ids(spec, vocabulary).values()
+    for index in spec.eos_token_ids:
+        token = vocabulary.tokens[index]
+        if index not in written and token not in END_TEXTS:
+            found.append(f"generation does not stop at {token!r} (id {index}): a GGUF file has no key left for it")
+    return found
+
+
+def model_name(name: str, vocabulary: Vocabulary) -> str:
+    """The name to write, which contains "Phi-3" exactly if llama.cpp's rule for it suits the vocabulary.
+
+    >>> model_name("my-fine-tune", phi3_vocabulary)
+    'my-fine-tune (Phi-3)'
+    >>> model_name("phi-3-with-other-words", other_vocabulary)
+    'phi 3-with-other-words'
+    """
+    if _applies_rule(vocabulary):
+        return name if RULE_NAMES.search(name) else f"{name} (Phi-3)"
+    return RULE_NAMES.sub(r"\1 3", name)
+
+
+def _applies_rule(vocabulary: Vocabulary) -> bool:
+    """Whether llama.cpp's rule gives the special tokens the flags that the tokenizer declares.
+
+    All of them for Phi-3. Where a fine-tune added tokens with other flags neither way is right for all; then those in
+    the chat template count, since every prompt has them.
+    """
+    if not set(RULE_TOKENS) <= set(vocabulary.tokens):
+        return False
+    in_chat = [t for t in vocabulary.added if t.content in (vocabulary.chat_template or "")]
+    counted = in_chat or vocabulary.added
+    return sum(t.rstrip != _rule_strips(t) for t in counted) < sum(t.rstrip for t in counted)
+
+
+def _rule_strips(token: AddedToken) -> bool:
+    return token.content not in RULE_EXEMPT
+
+
+def end_ids(spec: ModelSpec, vocabulary: Vocabulary) -> dict[str, int]:
+    """Ids that end a generation, by the kind of their key: "eos" first, then END_KEYS.
+
+    The tokenizer's own EOS stays "eos" if the checkpoint's list has it. "eot" goes to a token that is known to end a
+    turn, be it EOS: without the key llama.cpp picks one of several by chance. Tokens that llama.cpp recognizes by
+    their text take a key only if one is left.
+    """
+    ids = list(dict.fromkeys(spec.eos_token_ids))
+    if not ids:
+        return {}
+    eos = vocabulary.special_ids.get("eos")
+    found = {"eos": eos if eos in ids else ids[0]}
+    turn_ends = [index for index in ids if vocabulary.tokens[index] in END_OF_TURN]
+    if turn_ends:
+        found["eot"] = turn_ends[0]
+    rest = [index for index in ids if index not in found.values()]
+    rest.sort(key=lambda index: vocabulary.tokens[index] in END_TEXTS)  # stable: unrecognized ones first
+    return found | dict(zip((key for key in END_KEYS if key not in found), rest, strict=False))
+
+
+def size_label(parameters: int) -> str:
+    """Number of weights in the form of GGUF's naming convention: 3.8B, 135M."""
+    for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if parameters >= scale or suffix == "K":
+            break
+    digits = max(2 - len(str(round(parameters / scale)).lstrip("0")), 0)
+    return f"{parameters / scale:.{digits}f}{suffix}"
+
+
+def _origin(source: Source) -> Metadata:
+    """Licence, repository and revision; `general.base_model` is where model pages look for them."""
+    text = ValueType.STRING
+    pairs: Metadata = {}
+    if source.licence:
+        pairs["general.license"] = (text, source.licence)
+    if source.repository and "/" in source.repository:
+        owner, _, repository = source.repository.partition("/")
+        url = f"https://huggingface.co/{source.repository}"
+        pairs["general.source.url"] = (text, f"{url}/tree/{source.revision}" if source.revision else url)
+        pairs["general.source.repo_url"] = (text, url)
+        pairs["general.base_model.count"] = (ValueType.UINT32, 1)
+        pairs["general.base_model.0.name"] = (text, repository)
+        if source.revision:
+            pairs["general.base_model.0.version"] = (text, source.revision)
+        pairs["general.base_model.0.organization"] = (text, owner)
+        pairs["general.base_model.0.repo_url"] = (text, url)
+    return pairs
+
+
+def _template_name(name: str) -> str:
+    return re.sub("[^a-zA-Z0-9]", "_", name)
+
+
+# Files
+
+
+def _record(tensor: TensorPlan) -> tuple[str, int, tuple[int, ...], int]:
+    ggml_type = registry.load("codecs", tensor.codec).GGML_TYPE
+    return tensor_name(tensor.tensor), ggml_type, tensor.tensor.shape, tensor.bytes
+
+
+def _file_names(name: str, count: int) -> list[str]:
+    if count == 1:
+        return [f"{name}.gguf"]
+    return [f"{name}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+
+
+def _split_keys(number: int, count: int, tensors: int) -> Metadata:
+    if count == 1:
+        return {}
+    return {
+        "split.no": (ValueType.UINT16, number),
+        "split.count": (ValueType.UINT16, count),
+        "split.tensors.count": (ValueType.INT32, tensors),
+    }
+
+
+def _shards(plan: QuantPlan, shared: Metadata, limit: int | None) -> list[list[TensorPlan]]:
+    """The plan's tensors by file, in order, each file filled as far as its limit allows."""
+    if limit is None:
+        return [list(plan.tensors)]
+    room = [limit - _header_size(plan, pairs) for pairs in (shared | _split_keys(0, 2, 0), _split_keys(0, 2, 0))]
+    number = used = 0
+    numbered = []
+    for tensor in plan.tensors:
+        size = _padded(tensor.bytes)
+        if size > min(room):
+            raise UsageError(
+                f"{tensor_name(tensor.tensor)} needs {size} bytes in one file of at most {limit}",
+                f"allow files of {limit - min(room) + size} bytes or more",
+            )
+        if used + size > room[min(number, 1)]:
+            number, used = number + 1, 0
+        used += size
+        numbered.append((number, tensor))
+    return [[tensor for _, tensor in group] for _, group in groupby(numbered, key=lambda pair: pair[0])]
+
+
+def _header_size(plan: QuantPlan, pairs: Metadata) -> int:
+    header = io.BytesIO()
+    write_header(header, pairs, [_record(t) for t in plan.tensors])
+    return len(header.getbuffer())
+
+
+def _padded(size: int) -> int:
+    return -(-size // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
+
+
+class _PartialFile:
+    """A file under a temporary name beside its own, hashed while it is written; removed unless it is published."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.partial = path, path.with_name(f".{path.name}.partial")
+        self.bytes, self.sha256 = 0, ""
+
+    def __enter__(self) -> _PartialFile:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.partial.open("wb")
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        self._hash = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1)
+        self._hashed: Future[None] | None = None
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._hasher.shutdown()
+        try:
+            self._file.close()
+        finally:
+            self.partial.unlink(missing_ok=True)
+
+    def write(self, data: Any) -> int:
+        """Write a buffer and return its size. Hashing it overlaps with the next one's quantization and writing."""
+        view = memoryview(data).cast("B")
+        if self._hashed is not None:
+            self._hashed.result()
+        self._hashed = self._hasher.submit(self._hash.update, view)
+        try:
+            self._file.write(view)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        self.bytes += len(view)
+        return len(view)
+
+    def close(self) -> None:
+        """Bring the content to the disk."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        self._file.close()
+        self._hasher.shutdown()
+        self.sha256 = self._hash.hexdigest()
+
+    def publish(self) -> None:
+        """Give the file its name."""
+        try:
+            self.partial.replace(self.path)
+            if hasattr(os, "O_DIRECTORY"):  # not on Windows, whose folders need no fsync
+                folder = os.open(self.path.parent, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+
+
+def _write_tensor(
+    file: _PartialFile, expected: TensorPlan, tensors: Any, on_bytes: Callable[[int], None] | None
+) -> None:
+    """Write the next tensor of the stream, which must be the expected one, and pad it."""
+    tensor, chunks = next(tensors, (None, ()))
+    if tensor != expected:
+        got = "the end" if tensor is None else repr(tensor.tensor.name)
+        raise RuntimeError(f"expected tensor {expected.tensor.name!r} next, got {got}")
+    size = 0
+    for chunk in chunks:
+        written = file.write(chunk)
+        size += written
+        if on_bytes is not None:
+            on_bytes(written)
+    if size != expected.bytes:
+        raise RuntimeError(f"tensor {expected.tensor.name!r}: expected {expected.bytes} bytes, got {size}")
+    file.write(bytes(_padded(size) - size))
+
+
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    hint = "free some space or choose another folder" if error.errno == errno.ENOSPC else None
+    return OutputError(f"{path}: cannot be written: {error.strerror}", hint)
