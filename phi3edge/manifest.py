@@ -36,12 +36,16 @@ def describe(paths: Iterable[Path]) -> list[JSON]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON beside its place and rename, so that no half file is ever seen under its name."""
+    """Write a JSON document; see `write_text`."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it, so that no half file is ever seen under its name."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, ensure_ascii=False)
-            file.write("\n")
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

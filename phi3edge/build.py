@@ -1,0 +1,242 @@
+"""The main job, from a name to a proven artifact. Every stage is a function of another module; this composes them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from phi3edge import __version__, checkpoint, manifest, recipes
+from phi3edge.emitters import gguf
+from phi3edge.errors import MissingExtraError, OutputError, UnsupportedError
+from phi3edge.families import parse_config
+from phi3edge.plan import Fit, choose_context, estimate_fit, make_plan, require_fit, summarize, warnings
+from phi3edge.progress import Stages, silent
+from phi3edge.quantize import quantize
+from phi3edge.recipes import Recipe, load_recipe
+from phi3edge.registry import names
+from phi3edge.targets import Target, load_target
+from phi3edge.tokenizer import load_tokenizer
+from phi3edge.types import JSON, ModelSpec, QuantPlan, Source
+
+if TYPE_CHECKING:
+    from phi3edge.checkpoint import Checkpoint
+    from phi3edge.report import Report
+
+REPORT_NAME = "report.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A plan for a target, and what should be known about it before it is carried out."""
+
+    plan: QuantPlan
+    recipe: Recipe
+    target_name: str
+    target: Target
+    fit: Fit
+    notes: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A finished artifact.
+
+    Attributes:
+        folder: where it is.
+        artifact: the file that a runtime opens: the GGUF file, or the first part of a split one.
+        files: all files that hold the model.
+        report: what the validation found, or None if it was not asked for.
+    """
+
+    folder: Path
+    artifact: Path
+    files: list[Path]
+    prepared: Prepared
+    notes: list[str] = field(default_factory=list)
+    report: Report | None = None
+
+
+def prepare(
+    name: str, target: str, recipe: str | None = None, context: int | None = None, format_: str | None = None
+) -> Prepared:
+    """Plan an export from the config alone: no weights are read.
+
+    Raises:
+        Phi3EdgeError: an unknown name, a config that is not supported, a format that the target does not take.
+    """
+    config, generation_config, model_name = checkpoint.resolve_config(name)
+    return prepare_spec(parse_config(config, generation_config, model_name), target, recipe, context, format_)
+
+
+def prepare_spec(
+    spec: ModelSpec, target: str, recipe: str | None = None, context: int | None = None, format_: str | None = None
+) -> Prepared:
+    """Plan an export of a model that is already read; see `prepare`."""
+    target_name, device = load_target(target)
+    chosen = _choose_format(format_, target_name, device)
+    recipe_name, mix = load_recipe(recipe or device.recipes[chosen])
+    if chosen not in mix.formats:
+        raise UnsupportedError(f"recipe {recipe_name} is for {', '.join(mix.formats)}; target {target_name} takes {chosen}")
+    tokens = choose_context(spec, device, context)
+    plan = make_plan(spec, recipe_name, mix)
+    return Prepared(plan, mix, target_name, device, estimate_fit(plan, device, tokens), warnings(plan, device, tokens))
+
+
+def export(
+    name: str,
+    target: str,
+    *,
+    recipe: str | None = None,
+    context: int | None = None,
+    format_: str | None = None,
+    out: Path | None = None,
+    split_max_size: int | None = None,
+    force: bool = False,
+    threads: int | None = None,
+    stages: Stages = silent,
+) -> Exported:
+    """Write a checkpoint as an artifact for a target.
+
+    The artifact appears under its name only when it is whole. The same inputs give the same bytes.
+
+    Args:
+        name: "org/name[@revision]", a local folder, or "demo".
+        split_max_size: largest file in bytes; None for the target's own limit.
+        force: write a plan that does not fit, and replace an earlier artifact.
+
+    Raises:
+        Phi3EdgeError: see the subclasses; nothing is left behind.
+    """
+    require_quantizers()
+    with checkpoint.resolve(name, stages) as source:
+        spec = parse_config(source.config, source.generation_config, source.name)
+        source.check(spec)
+        ready = prepare_spec(spec, target, recipe, context, format_)
+        if not force:
+            require_fit(ready.plan, ready.fit, ready.target_name, ready.target)
+        folder = out or Path("dist") / f"{source.name.lower()}-{ready.target_name}"
+        vocabulary = load_tokenizer(source.path, spec)
+        limit = split_max_size or (ready.target.files.max_bytes if ready.target.files else None)
+        with output_folder(folder, force) as partial:
+            with stages("quantize", ready.plan.weight_bytes) as advance:
+                files = gguf.emit(
+                    ready.plan,
+                    source.source,
+                    vocabulary,
+                    quantize(source, ready.plan, threads),
+                    partial,
+                    f"{source.name}-{ready.plan.recipe}",
+                    file_type=ready.recipe.gguf_file_type,
+                    split_max_size=limit,
+                    on_bytes=advance,
+                )
+            source.assert_all_read(spec)
+            notes = [*ready.notes, *gguf.notes(spec, vocabulary)]
+            written = [{"name": f.path.name, "bytes": f.bytes, "sha256": f.sha256} for f in files]
+            inputs = _describe_inputs(source, stages)
+            manifest.write_json(partial / manifest.NAME, _manifest(name, source.source, ready, written, inputs, notes))
+    paths = [folder / f.path.name for f in files]
+    return Exported(folder, paths[0], paths, ready, notes)
+
+
+def require_quantizers() -> None:
+    """Raise MissingExtraError unless the codecs can run."""
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("quantizing", "gguf") from None
+
+
+@contextmanager
+def output_folder(folder: Path, force: bool) -> Iterator[Path]:
+    """A new folder beside `folder` that takes its name when the block ends well, and is gone if it does not.
+
+    Raises:
+        OutputError: `folder` exists and `force` is false, or it is not an artifact, which is never replaced.
+    """
+    if folder.exists():
+        ours = folder.is_dir() and ((folder / manifest.NAME).is_file() or not any(folder.iterdir()))
+        if not ours:
+            raise OutputError(f"{folder} exists and was not written by phi3edge", "choose another --out")
+        if not force:
+            raise OutputError(f"{folder} exists", "--force replaces it, --out writes elsewhere")
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
+            folder.rename(replaced)
+            partial.rename(folder)
+            shutil.rmtree(replaced)
+        else:
+            partial.rename(folder)
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _choose_format(wanted: str | None, target_name: str, target: Target) -> str:
+    """The artifact format: the wanted one, or the first that the target takes."""
+    chosen = wanted or target.formats[0]
+    if chosen not in names("emitters"):
+        raise UnsupportedError(
+            f"target {target_name} takes {', '.join(target.formats)}; this version of phi3edge writes "
+            f"{', '.join(names('emitters'))} only",
+            "choose a target that takes gguf: phi3edge targets",
+        )
+    if chosen not in target.formats:
+        raise UnsupportedError(f"target {target_name} takes {', '.join(target.formats)}, not {chosen}")
+    return chosen
+
+
+def _describe_inputs(source: Checkpoint, stages: Stages) -> list[JSON]:
+    """Name, size and hash of every file of the checkpoint that was read."""
+    paths = source.files()
+    with stages("hash inputs", sum(p.stat().st_size for p in paths)) as advance:
+        return [{"name": p.name, "bytes": p.stat().st_size, "sha256": manifest.sha256(p, advance)} for p in paths]
+
+
+def _manifest(
+    name: str, source: Source, ready: Prepared, files: list[JSON], inputs: list[JSON], notes: list[str]
+) -> JSON:
+    """What was made, from what, how. Holds nothing that differs between two runs on the same inputs."""
+    spec = ready.plan.model
+    return {
+        "schema": manifest.SCHEMA,
+        "model": {
+            "name": spec.name,
+            "family": spec.family,
+            "parameters": spec.parameters,
+            "checkpoint": name if source.repository is None else f"{source.repository}@{source.revision}",
+            "repository": source.repository,
+            "revision": source.revision,
+            "licence": source.licence,
+        },
+        "format": "gguf",
+        "files": files,
+        "target": ready.target_name,
+        "context": ready.fit.context,
+        "recipe": {"name": ready.plan.recipe, **recipes.to_json(ready.recipe)},
+        "plan": {
+            "bits_per_weight": round(ready.plan.bits_per_weight, 4),
+            "weight_bytes": ready.plan.weight_bytes,
+            "roles": [
+                {"role": r.role, "codec": r.codec, "wanted": r.wanted, "method": r.method, "tensors": r.tensors, "bytes": r.bytes}
+                for r in summarize(ready.plan)
+            ],
+        },
+        "notes": notes,
+        "seed": None,
+        "inputs": inputs,
+        "versions": {"phi3edge": __version__, "python": platform.python_version(), "numpy": np.__version__},
+    }

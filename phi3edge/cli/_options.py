@@ -1,0 +1,25 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+CheckpointArg = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="org/name[@revision] on the hub, a local folder, or 'demo'.")
+]
+TargetOption = Annotated[str, typer.Option("--target", "-t", help="A target's name, or a path to a .toml file.")]
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", "-r", help="A recipe's name or .toml file; default: the target's.")
+]
+ContextOption = Annotated[
+    int | None, typer.Option("--context", min=1, help="Tokens that the KV cache must hold; default: the target's.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, no talk.")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Worker threads; default: all cores.")]
+TextOption = Annotated[
+    Path | None, typer.Option("--text", help="UTF-8 text to evaluate on; default: the documentation inside Python.")
+]
+ChunksOption = Annotated[
+    int, typer.Option("--chunks", min=1, help="Chunks of 512 tokens to evaluate on; more is slower and more exact.")
+]

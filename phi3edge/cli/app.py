@@ -1,0 +1,53 @@
+"""The `phi3edge` command: puts its subcommands together."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from phi3edge import __version__
+from phi3edge.cli import doctor, export, inspect, listings, plan, pull, validate, verify
+from phi3edge.cli._errors import guard
+
+app = typer.Typer(
+    name="phi3edge",
+    help="Puts a Phi-3 checkpoint on a phone or a PC, and proves that it still is the same model.",
+    epilog="Start with: phi3edge export demo --target iphone",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+app.command("export")(export.export)
+app.command("validate")(validate.validate)
+app.command("plan")(plan.plan)
+app.command("inspect")(inspect.inspect)
+app.command("verify")(verify.verify)
+app.command("pull")(pull.pull)
+app.command("targets")(listings.targets)
+app.command("recipes")(listings.recipes)
+app.command("doctor")(doctor.doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options before any subcommand."""
+
+
+def main() -> None:
+    """Entry point of the `phi3edge` script."""
+    sys.exit(guard(lambda: app(standalone_mode=True)))

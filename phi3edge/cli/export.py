@@ -1,0 +1,106 @@
+"""`phi3edge export`: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from phi3edge import build
+from phi3edge.cli import validate
+from phi3edge.cli._options import (
+    CheckpointArg,
+    ChunksOption,
+    ContextOption,
+    JsonOption,
+    RecipeOption,
+    TargetOption,
+    TextOption,
+    ThreadsOption,
+)
+from phi3edge.cli._output import note, print_json, progress, say
+from phi3edge.errors import UnsupportedError
+from phi3edge.plan import to_json
+from phi3edge.units import parse_size, size
+
+METHODS_TO_COME = ("awq", "gptq")
+
+
+def export(
+    checkpoint: CheckpointArg,
+    target: TargetOption = "iphone",
+    recipe: RecipeOption = None,
+    method: Annotated[str, typer.Option("--method", help="rtn: round to nearest, with a scale search.")] = "rtn",
+    format_: Annotated[str | None, typer.Option("--format", help="gguf; default: what the target takes first.")] = None,
+    context: ContextOption = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default: dist/<model>-<target>.")] = None,
+    split_max_size: Annotated[
+        str | None, typer.Option("--split-max-size", help="Largest file, e.g. 1.5GB; default: the target's limit.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option("--budget", help="Not in this version: a size to fill.", hidden=True)] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu.")] = "cpu",
+    validation: Annotated[bool, typer.Option("--validate/--no-validate", help="Run it beside the reference.")] = True,
+    text: TextOption = None,
+    chunks: ChunksOption = 16,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier artifact; write what does not fit.")] = False,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Quantize a checkpoint for a target, write the artifact, and prove it against the reference.
+
+    Exit code 0: written, and all gates passed; 1: written, but a gate failed; 2: bad usage or input, nothing written.
+
+    Examples: `phi3edge export demo --target iphone`,
+    `phi3edge export microsoft/Phi-3-mini-4k-instruct --target android --recipe q4_0 --no-validate`
+    """
+    refuse_what_is_to_come(method, format_, budget, device)
+    with progress(quiet=as_json) as stages:
+        made = build.export(
+            checkpoint,
+            target,
+            recipe=recipe,
+            context=context,
+            format_=format_,
+            out=out,
+            split_max_size=parse_size(split_max_size) if split_max_size else None,
+            force=force,
+            threads=threads,
+            stages=stages,
+        )
+    if not as_json:
+        for line in made.notes:
+            note(line)
+        total = sum(p.stat().st_size for p in made.files)
+        plan = made.prepared.plan
+        say(f"{made.artifact}: {size(total)}, {plan.recipe}, {plan.bits_per_weight:.2f} bits per weight")
+    report = None
+    if validation:
+        report = validate.run(
+            made.artifact, checkpoint=checkpoint, target=target, text=text, chunks=chunks, threads=threads, quiet=as_json
+        )
+    if as_json:
+        print_json(
+            {
+                "folder": str(made.folder),
+                "files": [{"name": p.name, "bytes": p.stat().st_size} for p in made.files],
+                "plan": to_json(made.prepared.plan, made.prepared.fit),
+                "notes": made.notes,
+                "report": report.model_dump(mode="json") if report else None,
+            }
+        )
+    return 1 if report is not None and not report.passed else 0
+
+
+def refuse_what_is_to_come(method: str, format_: str | None, budget: str | None, device: str) -> None:
+    """Raise UnsupportedError for options whose meaning is fixed, but whose work this version cannot do."""
+    if method in METHODS_TO_COME:
+        raise UnsupportedError(f"--method {method} needs calibration, which this version does not have", "--method rtn")
+    if method != "rtn":
+        raise UnsupportedError(f"unknown method {method!r}", "--method rtn")
+    if format_ in ("onnx", "both"):
+        raise UnsupportedError(f"--format {format_}: this version writes GGUF files only", "--format gguf")
+    if budget is not None:
+        raise UnsupportedError("--budget: this version cannot choose codecs by size", "choose a recipe: phi3edge recipes")
+    if device != "cpu":
+        raise UnsupportedError(f"--device {device}: this version computes on the CPU only", "--device cpu")
