@@ -1,0 +1,500 @@
+"""A checkpoint in Hugging Face layout: config.json and safetensors, read by header and offset.
+
+Opening one reads headers only. After that any thread may read any rows of any tensor: each shard is open once, each
+read names its own position, and nothing is kept. Weights that are not finite are refused as they pass.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from phi3edge import registry
+from phi3edge.cache import cache_dir
+from phi3edge.errors import CheckpointError, UnsupportedError
+from phi3edge.safetensors_file import DTYPE_BYTES, TensorEntry, parse_object, read_header
+from phi3edge.types import JSON, ModelSpec, Source
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+CONFIG, GENERATION_CONFIG, MODEL_CARD = "config.json", "generation_config.json", "README.md"
+INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+SMALL_FILES = (CONFIG, GENERATION_CONFIG, MODEL_CARD, INDEX, *TOKENIZER_FILES)
+"""Everything that an export reads besides weights."""
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLE_HINT = (
+    "convert it on a machine where you trust it: "
+    "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW, safe_serialization=True)"
+)
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+PIECE = 1 << 17
+"""Elements read and converted at a time: small enough to stay in a core's cache between the two."""
+
+LOCAL = Source(None, None)
+"""A folder of unknown origin."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, bytes so far, bytes in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class FloatFormat:
+    """A float dtype by its bits: `bits` is the unsigned integer of its size, `infinity` the pattern of +inf."""
+
+    config_name: str
+    bits: type[np.unsignedinteger]
+    signed: type[np.signedinteger]
+    infinity: int
+
+    @property
+    def sign(self) -> int:
+        """The sign bit."""
+        return 1 << (8 * np.dtype(self.bits).itemsize - 1)
+
+
+FLOATS = {
+    "BF16": FloatFormat("bfloat16", np.uint16, np.int16, 0x7F80),
+    "F16": FloatFormat("float16", np.uint16, np.int16, 0x7C00),
+    "F32": FloatFormat("float32", np.uint32, np.int32, 0x7F800000),
+}
+"""The dtypes that weights may have."""
+
+
+def _widen_bf16(bits: NDArray[Any], out: NDArray[np.float32]) -> None:
+    """A bfloat16 is the upper half of the float32 of the same value."""
+    wide = out.view(np.uint32)
+    np.copyto(wide, bits)
+    np.left_shift(wide, 16, out=wide)
+
+
+def _widen_f16(bits: NDArray[Any], out: NDArray[np.float32]) -> None:
+    """Sign, exponent and fraction moved to their places in a float32; 112 is the difference of the exponents' biases.
+
+    Several times as fast as numpy's own conversion, and exact for subnormal numbers too. Infinities do not come here.
+    """
+    wide = out.view(np.int32)
+    np.copyto(wide, bits.view(np.int16))
+    np.left_shift(wide, 13, out=wide)
+    np.bitwise_and(wide, np.int32(0x8FFFE000 - 2**32), out=wide)
+    np.multiply(out, np.float32(2.0**112), out=out)
+
+
+def _read_in_place(bits: NDArray[Any], out: NDArray[np.float32]) -> None:
+    """A float32 was read straight into `out`."""
+
+
+WIDEN = {"BF16": _widen_bf16, "F16": _widen_f16, "F32": _read_in_place}
+"""From finite bits to float32, without temporary arrays, in numpy calls that let other threads run."""
+
+
+class Checkpoint:
+    """An open checkpoint. Use as a context manager, or call `close`.
+
+    Attributes:
+        path: its folder.
+        source: where it came from; its licence is the model card's.
+        config: config.json.
+        generation_config: generation_config.json, or None.
+        shards: the weight files, in name order.
+        names: all tensors, in shard order and, within a shard, in the order of their data.
+    """
+
+    def __init__(self, path: Path, source: Source = LOCAL) -> None:
+        """Open a folder; see `open_checkpoint`."""
+        self.path = path
+        self.config = _read_json(path, CONFIG)
+        self.generation_config = _read_json(path, GENERATION_CONFIG) if (path / GENERATION_CONFIG).exists() else None
+        _refuse_foreign_code(self.config)
+        for name in SMALL_FILES:
+            _inside(path, name)
+        self.source = replace(source, licence=source.licence or _licence(path))
+        self.shards, indexed = _shards(path)
+        self._entries: dict[str, TensorEntry] = {}
+        self._files: dict[str, BinaryIO] = {}
+        self._ranges: dict[str, list[tuple[int, int]]] = {}
+        self._seek_lock = threading.Lock()
+        with ExitStack() as opened:
+            for shard in self.shards:
+                self._open_shard(shard, opened.enter_context(shard.open("rb", buffering=0)))
+            if indexed is not None:
+                self._check_index(indexed)
+            self._opened = opened.pop_all()
+        self.names = tuple(self._entries)
+
+    @property
+    def name(self) -> str:
+        """For people: the hub name without the organization, else the folder's name."""
+        return (self.source.repository or self.path.resolve().name).rsplit("/", 1)[-1]
+
+    def info(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Dtype ("BF16", "F16", "F32" ...) and shape of a tensor."""
+        entry = self._entry(name)
+        return entry.dtype, entry.shape
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """A whole tensor as float32, in its own shape."""
+        shape = self._entry(name).shape
+        return self.rows(name, 0, _matrix(shape)[0]).reshape(shape)
+
+    def rows(self, name: str, start: int, stop: int, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Rows [start, stop) of a tensor as float32. May be called from several threads at once.
+
+        Args:
+            name: a tensor; one of shape (n,) is one row of n columns.
+            start: first row.
+            stop: one after the last row.
+            out: where to put them, shape (stop - start, columns), contiguous; else a new array.
+
+        Raises:
+            CheckpointError: no such tensor, a dtype that is no float, a weight that is NaN or infinite, or a file that
+                became shorter since it was opened.
+        """
+        entry, columns, begin = self._locate(name, start, stop)
+        kind = self._float_format(name)
+        out = np.empty((stop - start, columns), np.float32) if out is None else out
+        if out.shape != (stop - start, columns) or out.dtype != np.float32 or not out.flags.c_contiguous:
+            raise ValueError(f"out must be contiguous float32 of shape {(stop - start, columns)}")
+        flat = out.reshape(-1)
+        bits = np.empty(0 if entry.dtype == "F32" else min(PIECE, flat.size), kind.bits)
+        for first in range(0, flat.size, PIECE):
+            target = flat[first : first + PIECE]
+            piece = target.view(np.uint32) if entry.dtype == "F32" else bits[: target.size]
+            self._read_at(name, begin + first * piece.itemsize, piece)
+            _check_finite(name, piece, kind, start * columns + first, columns)
+            WIDEN[entry.dtype](piece, target)
+        self._ranges.setdefault(name, []).append((start, stop))
+        return out
+
+    def raw(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        """Rows [start, stop) as they are stored: uint8 (stop - start, columns * bytes per element). See `rows`."""
+        entry, columns, begin = self._locate(name, start, stop)
+        data = np.empty((stop - start, columns * DTYPE_BYTES[entry.dtype]), np.uint8)
+        self._read_at(name, begin, data.reshape(-1))
+        if kind := FLOATS.get(entry.dtype):
+            _check_finite(name, data.reshape(-1).view(kind.bits), kind, start * columns, columns)
+        self._ranges.setdefault(name, []).append((start, stop))
+        return data
+
+    def check(self, spec: ModelSpec) -> None:
+        """Every tensor of the model is there with its shape and dtype, and nothing else is.
+
+        Dtypes: matrices have the one that config.json names or, if it names none, all the same; BF16, F16 or F32. A
+        vector (norm gain) may be F32 beside narrower matrices, as some trainers save it: that loses nothing.
+        A tied model may also store its head if it is, byte for byte, the embedding, as older savers wrote it.
+
+        Raises:
+            CheckpointError: names the tensor, what was expected and what is there.
+        """
+        expected = {tensor.name: tensor for tensor in spec.tensors}
+        for name, tensor in expected.items():
+            if name not in self._entries:
+                hint = "config.json does not say tie_word_embeddings: true" if name == HEAD else None
+                raise CheckpointError(f"tensor {name!r} is missing from {self.path}", hint)
+            if self._entries[name].shape != tensor.shape:
+                got = self._entries[name].shape
+                raise CheckpointError(f"tensor {name!r} has shape {got}, config.json says {tensor.shape}")
+        for name in self.names:
+            if name in expected:
+                continue
+            if not (spec.tied and name == HEAD):
+                raise CheckpointError(
+                    f"unknown tensor {name!r} of shape {self._entries[name].shape}: no part of a {spec.family} model",
+                    registry.did_you_mean(name, list(expected)) if len(expected) < 1000 else None,
+                )
+            self._check_tied_head()
+        self._check_dtypes(tuple(expected))
+
+    @contextmanager
+    def each_read_once(self, spec: ModelSpec) -> Iterator[None]:
+        """Within the context, every row of every tensor of the model must be read exactly once.
+
+        Raises:
+            CheckpointError: on leaving, unless an error is under way: names a tensor that was read in part, or twice.
+        """
+        self._ranges.clear()
+        yield
+        for tensor in spec.tensors:
+            position, rows = 0, _matrix(tensor.shape)[0]
+            for start, stop in sorted(self._ranges.get(tensor.name, [])):
+                if start != position:
+                    fault = "twice" if start < position else "not at all"
+                    raise CheckpointError(f"tensor {tensor.name!r}: row {min(start, position)} was read {fault}")
+                position = stop
+            if position != rows:
+                raise CheckpointError(f"tensor {tensor.name!r}: {position} of {rows} rows were read")
+        if extra := self._ranges.keys() - {tensor.name for tensor in spec.tensors}:
+            raise CheckpointError(f"tensor {min(extra)!r} was read, and is not in the plan")
+
+    def close(self) -> None:
+        """Close the shards."""
+        self._opened.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open_shard(self, shard: Path, file: BinaryIO) -> None:
+        for name, entry in read_header(file, shard.name).items():
+            if name in self._files:
+                raise CheckpointError(f"tensor {name!r} is in two shards: {self._shard(name)} and {shard.name}")
+            self._entries[name], self._files[name] = entry, file
+
+    def _check_index(self, indexed: dict[str, str]) -> None:
+        """The index and the shards name the same tensors in the same places."""
+        for name, shard in indexed.items():
+            if name not in self._files or self._shard(name) != shard:
+                raise CheckpointError(f"{INDEX} says that tensor {name!r} is in {shard}; it is not")
+        for name in self._entries:
+            if name not in indexed:
+                raise CheckpointError(f"tensor {name!r} of {self._shard(name)} is not in {INDEX}")
+
+    def _check_dtypes(self, names: tuple[str, ...]) -> None:
+        said = {key: self.config[key] for key in ("dtype", "torch_dtype") if self.config.get(key) is not None}
+        if len(set(map(str, said.values()))) > 1:
+            raise CheckpointError(f"config.json: dtype is {said['dtype']!r}, torch_dtype is {said['torch_dtype']!r}")
+        expected = str(next(iter(said.values()))) if said else None
+        origin = "config.json says"
+        for name in names:
+            entry, kind = self._entries[name], self._float_format(name)
+            if len(entry.shape) == 1 and entry.dtype == "F32":
+                continue
+            if expected is None:
+                expected, origin = kind.config_name, f"{name!r} has"
+            if kind.config_name != expected:
+                raise CheckpointError(
+                    f"tensor {name!r} is {entry.dtype} ({kind.config_name}), {origin} {expected}",
+                    "save the model again in one dtype, or correct torch_dtype in config.json",
+                )
+
+    def _check_tied_head(self) -> None:
+        """A stored head of a tied model must be the embedding's bytes: anything else is a model of two minds."""
+        same = self.info(HEAD) == self.info(EMBEDDING)
+        rows, columns = _matrix(self._entry(HEAD).shape)
+        step = max(1, PIECE * 4 // max(columns, 1))
+        for start in range(0, rows if same else 0, step):
+            stop = min(start + step, rows)
+            same = same and np.array_equal(self.raw(HEAD, start, stop), self.raw(EMBEDDING, start, stop))
+        if not same:
+            raise CheckpointError(
+                f"config.json says tie_word_embeddings: true, but {HEAD!r} is stored and is not {EMBEDDING!r}",
+                "set tie_word_embeddings to false if the stored head is the right one, else delete it",
+            )
+
+    def _shard(self, name: str) -> str:
+        return Path(self._files[name].name).name
+
+    def _entry(self, name: str) -> TensorEntry:
+        if name not in self._entries:
+            raise CheckpointError(f"no tensor {name!r} in {self.path}", registry.did_you_mean(name, self.names))
+        return self._entries[name]
+
+    def _float_format(self, name: str) -> FloatFormat:
+        dtype = self._entry(name).dtype
+        if dtype not in FLOATS:
+            raise CheckpointError(
+                f"tensor {name!r} has dtype {dtype}; weights are {', '.join(FLOATS)}",
+                "a quantized checkpoint cannot be exported: start from the original weights",
+            )
+        return FLOATS[dtype]
+
+    def _locate(self, name: str, start: int, stop: int) -> tuple[TensorEntry, int, int]:
+        """The tensor, its columns, and where in the file its row `start` begins."""
+        entry = self._entry(name)
+        rows, columns = _matrix(entry.shape)
+        if not 0 <= start <= stop <= rows:
+            raise ValueError(f"rows {start} to {stop} of tensor {name!r}, which has {rows}")
+        return entry, columns, entry.offset + start * columns * DTYPE_BYTES[entry.dtype]
+
+    def _read_at(self, name: str, offset: int, buffer: NDArray[Any]) -> None:
+        """Fill a contiguous one-dimensional buffer from a position in the tensor's shard."""
+        file, view, done = self._files[name], buffer.view(np.uint8), 0
+        while done < view.size:
+            if hasattr(os, "preadv"):
+                count = os.preadv(file.fileno(), [view[done:].data], offset + done)
+            else:  # Windows has no positioned read
+                with self._seek_lock:
+                    file.seek(offset + done)
+                    count = file.readinto(view[done:].data)  # type: ignore[attr-defined]
+            if not count:
+                raise CheckpointError(f"{file.name} became shorter while tensor {name!r} was read")
+            done += count
+
+
+def open_checkpoint(path: Path, source: Source = LOCAL) -> Checkpoint:
+    """Open a local folder: config.json and either model.safetensors or an index with its shards.
+
+    Raises:
+        CheckpointError: not such a folder, or a file in it that is damaged, unsafe to read or contradicts another.
+        UnsupportedError: a model that would need the repository's own code, or a family that phi3edge does not know.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder", "name the folder that holds config.json and the weights")
+    return Checkpoint(path, source)
+
+
+def resolve(name: str, progress: Progress | None = None) -> Checkpoint:
+    """Open a checkpoint by name: "demo", a folder, or "organization/name[@revision]" on the model hub.
+
+    Args:
+        name: a folder wins over the hub; write ./demo for a folder of that name.
+        progress: told of the bytes that are downloaded or built, if any are.
+
+    Raises:
+        CheckpointError: nothing of that name, or it cannot be read.
+        HubError: the hub cannot give it.
+    """
+    if name == "demo":
+        from phi3edge.demo import build_demo
+
+        return open_checkpoint(build_demo(cache_dir(), progress=progress), Source("demo", None))
+    folder = Path(name).expanduser()
+    if folder.exists():
+        return open_checkpoint(folder, _cached_source(folder))
+    if match := re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", name):
+        from phi3edge.hub import pull
+
+        path, source = pull(match[1], match[2], progress)
+        return open_checkpoint(path, source)
+    if os.sep in name or name.startswith((".", "~")):
+        raise CheckpointError(f"no folder {name}")
+    near = ["demo", *(f"./{p.parent.name}" for p in Path.cwd().glob(f"*/{CONFIG}"))]
+    hint = f"{registry.did_you_mean(name, near)}; a hub model is organization/name"
+    raise CheckpointError(f"no checkpoint {name!r}", hint)
+
+
+def weight_files(index: JSON | None) -> tuple[tuple[str, ...], dict[str, str] | None]:
+    """Names of the weight files, and which tensor the index says is in which; without an index, the single file.
+
+    Raises:
+        CheckpointError: the index is not one, or names files outside its folder.
+    """
+    if index is None:
+        return (SINGLE_FILE,), None
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{INDEX}: weight_map is missing or empty")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
+            raise CheckpointError(f"{INDEX}: tensor {name!r} is in {shard!r}; expected a .safetensors file beside it")
+    return tuple(sorted(set(weight_map.values()))), weight_map
+
+
+def no_safetensors(where: str, names: list[str]) -> CheckpointError:
+    """The error for a folder or repository that has neither model.safetensors nor an index."""
+    if pickles := sorted(n for n in names if n.endswith(PICKLES)):
+        message = f"{where} has its weights as a pickle ({pickles[0]}), which can run code when it is read"
+        return CheckpointError(message, PICKLE_HINT)
+    if "adapter_config.json" in names:
+        return CheckpointError(f"{where} is an adapter, not a model", "merge it into its base model and save that")
+    if shards := sorted(n for n in names if n.endswith(".safetensors")):
+        return CheckpointError(f"{where} has {shards[0]}, but neither {SINGLE_FILE} nor {INDEX}")
+    return CheckpointError(f"{where} has no weights: neither {SINGLE_FILE} nor {INDEX}")
+
+
+def _shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
+    index = _read_json(folder, INDEX) if (folder / INDEX).exists() else None
+    if index is not None and (folder / SINGLE_FILE).exists():
+        raise CheckpointError(f"{folder} has both {SINGLE_FILE} and {INDEX}", "delete the one that is not the model")
+    if index is None and not (folder / SINGLE_FILE).exists():
+        raise no_safetensors(str(folder), [p.name for p in folder.iterdir()])
+    names, weight_map = weight_files(index)
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{INDEX} names {name}, which is not in {folder}", "the download is incomplete")
+    return tuple(_inside(folder, name) for name in names), weight_map
+
+
+def _read_json(folder: Path, name: str) -> JSON:
+    path = _inside(folder, name)
+    try:
+        return parse_object(path.read_bytes(), name)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no {name}", "a checkpoint is a folder in Hugging Face layout") from None
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file, if its real place is in the folder, or in the blobs of the hub cache that the folder is part of."""
+    real, home = (folder / name).resolve(), folder.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
+        allowed += [home.parents[1] / "blobs", home.parents[2] / "blobs"]
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise CheckpointError(f"{folder / name} is a link to {real}, outside the folder", "put the file itself there")
+    return folder / name
+
+
+def _refuse_foreign_code(config: JSON) -> None:
+    """Known families are computed by phi3edge itself; an auto_map of theirs is never followed."""
+    family, families = config.get("model_type"), registry.names("families")
+    if family in families:
+        return
+    if config.get("auto_map"):
+        raise UnsupportedError(
+            f"config.json: model_type {family!r} needs code of the repository (trust_remote_code), which is never run",
+            f"families that phi3edge computes itself: {', '.join(families)}",
+        )
+    raise UnsupportedError(f"config.json: model_type is {family!r}", registry.did_you_mean(str(family), families))
+
+
+def _licence(folder: Path) -> str | None:
+    """The licence that the model card's front matter names."""
+    card = folder / MODEL_CARD
+    text = card.read_text("utf-8", "replace") if card.is_file() else ""
+    if not (front := re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)):
+        return None
+    named = dict(re.findall(r"^(license(?:_name)?):[ \t]*[\"']?([^\s\"'\[\]]+)", front[1], re.MULTILINE))
+    return named.get("license_name") if named.get("license") == "other" else named.get("license")
+
+
+def _cached_source(folder: Path) -> Source:
+    """Repository and commit of a folder in the hub's cache (models--org--name/snapshots/commit); else nothing."""
+    home = folder.resolve()
+    cached = re.fullmatch(r"models--(.+?)--(.+)", home.parent.parent.name)
+    if home.parent.name != "snapshots" or not cached:
+        return Source(None, None)
+    return Source(f"{cached[1]}/{cached[2]}", home.name)
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns: the last dimension is the columns."""
+    columns = shape[-1] if shape else 1
+    return prod(shape[:-1]), columns
+
+
+def _check_finite(name: str, bits: NDArray[Any], kind: FloatFormat, first: int, columns: int) -> None:
+    """Raise if the bits of any weight are a NaN or an infinity: an exponent of all ones, of either sign.
+
+    `bits` is one-dimensional; its element 0 is element `first` of the tensor.
+    """
+    if bits.size == 0 or (bits.max() < kind.sign | kind.infinity and bits.view(kind.signed).max() < kind.infinity):
+        return
+    bad = first + int(np.argmax(np.bitwise_and(bits, kind.bits(kind.infinity)) == kind.infinity))
+    raise CheckpointError(
+        f"tensor {name!r} holds NaN or infinity, first in row {bad // columns}, column {bad % columns}",
+        "the checkpoint is damaged, or its training diverged",
+    )
