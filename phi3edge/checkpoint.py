@@ -237,8 +237,8 @@ class Checkpoint:
             position, rows = 0, _matrix(tensor.shape)[0]
             for start, stop in sorted(self._ranges.get(tensor.name, [])):
                 if start != position:
-                    fault = "twice" if start < position else "not at all"
-                    raise CheckpointError(f"tensor {tensor.name!r}: row {min(start, position)} was read {fault}")
+                    fault = "was read twice" if start < position else "was not read"
+                    raise CheckpointError(f"tensor {tensor.name!r}: row {min(start, position)} {fault}")
                 position = stop
             if position != rows:
                 raise CheckpointError(f"tensor {tensor.name!r}: {position} of {rows} rows were read")
