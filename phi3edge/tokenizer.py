@@ -289,11 +289,12 @@ def _pieces_from_merges(fast: JSON, notes: list[str]) -> list[tuple[str, float, 
         first.setdefault(left + right, rank)
         ways.setdefault(left + right, []).append(rank)
 
-    # llama.cpp merges any two neighbours that make a token: exact if every such pair is a merge, all at one rank.
+    # llama.cpp merges any two neighbours that make a token: exact if every such pair is a merge, all in a row. Runs of
+    # one character share a score in SentencePiece, so their merges are shuffled; in any order the leftmost run grows.
     known = set(tokens)
     loose = sum(
-        ranks[-1] - ranks[0] + 1 != len(ranks)
-        or len(ranks) != sum(text[:i] in known and text[i:] in known for i in range(1, len(text)))
+        len(ranks) != sum(text[:i] in known and text[i:] in known for i in range(1, len(text)))
+        or (ranks[-1] - ranks[0] + 1 != len(ranks) and len(set(text)) > 1)
         for text, ranks in ways.items()
     )
     if loose:
@@ -370,7 +371,7 @@ def _step(step: JSON) -> tuple[Any, ...]:
     if kind == "Metaspace" and step.get("replacement") == SPACE:
         scheme = step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never")
         return "metaspace", step.get("split", True), scheme
-    return kind, {key: value for key, value in step.items() if key != "type"}
+    return kind, json.dumps({key: value for key, value in step.items() if key != "type"}, ensure_ascii=False)
 
 
 # What both kinds share
