@@ -1,0 +1,187 @@
+"""Runtimes that execute an artifact: one file each, found by its name, each run in a process of its own.
+
+A runner's file has `accepts(artifact)`, `files(artifact)`, `open(artifact, ...)`, which returns a `Runner`, and the
+class `Session`, which `_child.py` makes in the child process and whose methods answer the calls made here. So the death
+of a native library ends a child, and is an error of one line here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from phi3edge.errors import RunnerError
+from phi3edge.runners._child import receive, send
+
+_COMPLAINT = re.compile(r"error|invalid|assert|abort|fail|what\(\)|exception|fatal", re.IGNORECASE)
+
+
+class Runner:
+    """An artifact opened in a runtime, in a child process. Closes with `close()` or as a context manager.
+
+    Every method raises RunnerError if the runtime refuses, crashes, or gives no answer within the timeout; the child is
+    gone after a crash or a timeout.
+
+    Args:
+        name: name of the runner's file.
+        runtime: the runtime's own name, for messages.
+        artifact: the file or folder to run.
+        options: arguments of the runner's Session, as JSON values.
+        timeout: seconds that one answer, or one block of an answer, may take.
+    """
+
+    def __init__(self, name: str, runtime: str, artifact: Path, options: dict[str, Any], timeout: float) -> None:
+        self._runtime, self._artifact, self._timeout = runtime, artifact.name, timeout
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "phi3edge.runners._child", name, json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+        )
+        try:
+            self._info: dict[str, Any] = self._receive("opening it", 0)[0]["result"]
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        """Id of the child process."""
+        return self._process.pid
+
+    def close(self) -> None:
+        """Ends the child process."""
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
+
+    def info(self) -> dict[str, Any]:
+        """What runs it: runtime, version, threads, vocabulary_size, eog_ids, chat_template, load_s, flags ..."""
+        return self._info
+
+    def logits(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
+        """Logits of a sequence, evaluated from an empty context.
+
+        Args:
+            ids: token ids, shape (n,), n at most the context it was opened with.
+            start: the first position wanted.
+
+        Returns:
+            float32, shape (n - start, vocabulary): row i predicts the token after position start + i.
+        """
+        return np.concatenate(list(self.logits_blocks(ids, start)))
+
+    def logits_blocks(self, ids: np.ndarray, start: int = 0) -> Iterator[np.ndarray]:
+        """The rows of `logits`, in order, a few at a time."""
+        sent = self._send("logits", {"start": start}, np.asarray(ids, dtype=np.int32))
+        while True:
+            _, rows = self._receive("computing logits", sent)
+            if rows is None:
+                return
+            yield rows
+
+    def generate(self, ids: list[int], max_tokens: int) -> list[int]:
+        """The most likely continuation, token by token, up to an end-of-generation token (not included)."""
+        return self._call("generate", "generating", ids=ids, max_tokens=max_tokens)
+
+    def tokenize(self, text: str, *, special: bool, bos: bool) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: what to tokenize.
+            special: read the text of special tokens as those tokens.
+            bos: add what the artifact adds to a prompt (a beginning-of-sequence token, where it has one).
+        """
+        return self._call("tokenize", "tokenizing", text=text, special=special, bos=bos)
+
+    def speed(self, prompt_tokens: int, decode_tokens: int) -> dict[str, float]:
+        """prompt_tokens_per_s, decode_tokens_per_s, time_to_first_token_s (of that prompt) and load_s, when warm."""
+        return self._call("speed", "measuring", prompt_tokens=prompt_tokens, decode_tokens=decode_tokens)
+
+    def peak_memory(self) -> int | None:
+        """Highest resident memory of the child so far, mapped weights included, in bytes; None where unknown."""
+        return self._call("peak_memory", "measuring")
+
+    def _call(self, method: str, doing: str, **arguments: Any) -> Any:
+        return self._receive(doing, self._send(method, arguments))[0]["result"]
+
+    def _send(self, method: str, arguments: dict[str, Any], array: np.ndarray | None = None) -> int:
+        """Sends a request; returns how long the log was."""
+        position = os.fstat(self._log.fileno()).st_size
+        assert self._process.stdin is not None
+        try:
+            send(self._process.stdin, {"method": method, "arguments": arguments}, array)
+        except (BrokenPipeError, OSError):
+            raise self._death("waiting for work", position) from None
+        return position
+
+    def _receive(self, doing: str, log_start: int) -> tuple[dict[str, Any], np.ndarray | None]:
+        assert self._process.stdout is not None
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            self._process.kill()
+
+        watchdog = threading.Timer(self._timeout, expire)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            message, array = receive(self._process.stdout)
+        except EOFError:
+            if expired.is_set():
+                raise RunnerError(
+                    f"{self._runtime} gave no answer within {self._timeout:g} s while {doing} ({self._artifact})",
+                    "a busy machine slows it many times: run it alone, with fewer threads, or give it longer",
+                ) from None
+            raise self._death(doing, log_start) from None
+        finally:
+            watchdog.cancel()
+        if "error" in message:
+            cause = self._complaint(log_start)
+            raise RunnerError(message["error"] + (f": {cause}" if cause else ""), message["hint"])
+        return message, array
+
+    def _death(self, doing: str, log_start: int) -> RunnerError:
+        code = self._process.wait()
+        how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        cause = self._complaint(log_start) or "it said nothing"
+        return RunnerError(
+            f"{self._runtime} {how} while {doing} ({self._artifact}): {cause}",
+            "`phi3edge doctor` tells whether this runtime works here; `phi3edge inspect` whether the file is whole",
+        )
+
+    def _complaint(self, start: int) -> str:
+        """The first line that the native library wrote since `start` that speaks of an error, else its last line."""
+        self._log.seek(start)
+        lines = [line.strip() for line in self._log.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        return next((line for line in lines if _COMPLAINT.search(line)), lines[-1] if lines else "")[:300]
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

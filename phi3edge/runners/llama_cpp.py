@@ -1,0 +1,261 @@
+"""llama.cpp, through llama-cpp-python's low-level API: runs GGUF files on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phi3edge.errors import MissingExtraError, RunnerError, UsageError
+from phi3edge.runners import Runner
+
+RUNTIME = "llama.cpp"
+KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}  # ggml's numbers of the types a KV cache can have
+
+_BATCH = 512  # tokens per llama_decode
+_ROWS = 64  # rows of logits per message
+_SPLIT = re.compile(r"(.*)-00001-of-(\d{5})\.gguf")
+
+
+def accepts(artifact: Path) -> bool:
+    """Whether this runtime runs such an artifact."""
+    return artifact.suffix == ".gguf"
+
+
+def files(artifact: Path) -> list[Path]:
+    """All files of the artifact: the file itself, or every part of a split one whose first part is given."""
+    match = _SPLIT.fullmatch(artifact.name)
+    if not match:
+        return [artifact]
+    count = int(match[2])
+    return [artifact.with_name(f"{match[1]}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+
+
+def open(
+    artifact: Path,
+    *,
+    context: int,
+    threads: int | None = None,
+    kv_type: str = "f16",
+    vocab_only: bool = False,
+    timeout: float = 600,
+) -> Runner:
+    """Opens a GGUF file in a child process.
+
+    Args:
+        artifact: the file, or the first part of a split one.
+        context: number of tokens the KV cache holds.
+        threads: None for one per usable core.
+        kv_type: one of KV_TYPES.
+        vocab_only: read the vocabulary only; then nothing but `info` and `tokenize` works.
+        timeout: seconds that one answer may take.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+        UsageError: unknown kv_type.
+        RunnerError: a missing or wrong file, or a runtime that does not start.
+    """
+    if importlib.util.find_spec("llama_cpp") is None:
+        raise MissingExtraError("running GGUF files", "llama-cpp")
+    if kv_type not in KV_TYPES:
+        raise UsageError(f"unknown KV cache type {kv_type!r}", f"known: {', '.join(KV_TYPES)}")
+    for file in files(artifact):
+        if not file.is_file():
+            raise RunnerError(f"no such file: {file}")
+    options = {
+        "path": str(artifact.resolve()),
+        "context": context,
+        "threads": threads or _usable_cores(),
+        "kv_type": kv_type,
+        "vocab_only": vocab_only,
+    }
+    return Runner("llama_cpp", RUNTIME, artifact, options, timeout)
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Session:
+    """A loaded model and its context; lives in the child process. The methods are those of `Runner`."""
+
+    def __init__(self, path: str, context: int, threads: int, kv_type: str, vocab_only: bool) -> None:
+        import llama_cpp as lib
+
+        self._lib = lib
+        self._log = lib.llama_log_callback(_log)  # kept: the library calls it for as long as it lives
+        lib.llama_log_set(self._log, ctypes.c_void_p(0))
+        lib.llama_backend_init()
+        started = time.perf_counter()
+
+        params = lib.llama_model_default_params()  # weights are mapped, not read: the default
+        params.n_gpu_layers = 0
+        params.vocab_only = vocab_only
+        self._workaround = None
+        if _has_amx():
+            params.use_extra_bufts = False
+            self._workaround = (
+                "use_extra_bufts=False: with AMX, repacked weights can crash llama_decode; prompts are slower"
+            )
+        self._model = lib.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._model:
+            raise RunnerError(
+                f"llama.cpp cannot load {Path(path).name}",
+                "`phi3edge inspect` tells whether the file is whole; export it again if not",
+            )
+        self._vocabulary = lib.llama_model_get_vocab(self._model)
+        self._size = lib.llama_vocab_n_tokens(self._vocabulary)
+        self._threads, self._context_length, self._kv_type = threads, context, kv_type
+        self._context = None if vocab_only else self._open_context()
+        self._load_s = time.perf_counter() - started
+
+    def _open_context(self) -> Any:
+        lib = self._lib
+        params = lib.llama_context_default_params()
+        params.n_ctx = self._context_length
+        params.n_batch = params.n_ubatch = _BATCH
+        params.n_threads = params.n_threads_batch = self._threads
+        params.type_k = params.type_v = KV_TYPES[self._kv_type]
+        context = lib.llama_init_from_model(self._model, params)
+        if not context:
+            raise RunnerError(f"llama.cpp cannot make a context of {self._context_length} tokens", "is memory short?")
+        self._batch = lib.llama_batch_init(_BATCH, 0, 1)
+        return context
+
+    def info(self) -> dict[str, Any]:
+        """What runs it and how."""
+        lib = self._lib
+        template = lib.llama_model_chat_template(self._model, None)
+        return {
+            "runtime": RUNTIME,
+            "version": f"llama-cpp-python {lib.__version__}",
+            "threads": self._threads,
+            "context": self._context_length,
+            "kv_type": self._kv_type,
+            "batch": _BATCH,
+            "vocabulary_size": self._size,
+            "eog_ids": [i for i in range(self._size) if lib.llama_vocab_is_eog(self._vocabulary, i)],
+            "chat_template": template.decode("utf-8", "replace") if template else None,
+            "system": lib.llama_print_system_info().decode().strip(),
+            "workaround": self._workaround,
+            "load_s": self._load_s,
+        }
+
+    def logits(self, ids: np.ndarray, start: int) -> Iterator[np.ndarray]:
+        """Rows of logits from position `start` on, in blocks."""
+        self._clear()
+        for first in range(0, len(ids), _BATCH):
+            batch = ids[first : first + _BATCH].tolist()
+            rows = self._decode(batch, first, max(start - first, 0))
+            for row in range(0, len(rows), _ROWS):
+                yield rows[row : row + _ROWS]
+
+    def generate(self, ids: list[int], max_tokens: int) -> list[int]:
+        """Greedy continuation."""
+        self._clear()
+        token = self._prompt(ids)
+        out: list[int] = []
+        while len(out) < max_tokens and not self._lib.llama_vocab_is_eog(self._vocabulary, token):
+            out.append(token)
+            token = self._next(token, len(ids) + len(out) - 1)
+        return out
+
+    def tokenize(self, text: str, special: bool, bos: bool) -> list[int]:
+        """Token ids of a text."""
+        data = text.encode()
+        room = len(data) + 8
+        while True:
+            tokens = (self._lib.llama_token * room)()
+            n = self._lib.llama_tokenize(self._vocabulary, data, len(data), tokens, room, bos, special)
+            if n >= 0:
+                return list(tokens[:n])
+            room = -n
+
+    def speed(self, prompt_tokens: int, decode_tokens: int) -> dict[str, float]:
+        """Timings of one prompt and the tokens decoded after it."""
+        prompt = [(7919 * i + 13) % self._size for i in range(prompt_tokens)]
+        self._clear()
+        self._prompt(prompt[:8])  # touches every weight, so that no page of the file is read while the clock runs
+        self._clear()
+        started = time.perf_counter()
+        token = self._prompt(prompt)
+        first = time.perf_counter() - started
+        started = time.perf_counter()
+        for i in range(decode_tokens):
+            token = self._next(token, prompt_tokens + i)
+        seconds = time.perf_counter() - started
+        return {
+            "prompt_tokens_per_s": prompt_tokens / first,
+            "decode_tokens_per_s": decode_tokens / seconds,
+            "time_to_first_token_s": first,
+            "load_s": self._load_s,
+        }
+
+    def peak_memory(self) -> int | None:
+        """Highest resident memory so far, in bytes."""
+        # not getrusage on Linux: its maximum includes what the parent process held when it forked
+        if sys.platform == "linux":
+            status = Path("/proc/self/status").read_text()
+            return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])  # type: ignore[index]
+        if sys.platform == "darwin":
+            import resource
+
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return None
+
+    def _clear(self) -> None:
+        if self._context is None:
+            raise RunnerError("the model was opened for its vocabulary only")
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+
+    def _prompt(self, ids: list[int]) -> int:
+        """Evaluates a prompt from an empty context; the most likely next token."""
+        for first in range(0, len(ids), _BATCH):
+            batch = ids[first : first + _BATCH]
+            rows = self._decode(batch, first, len(batch) - 1)
+        return int(rows[-1].argmax())
+
+    def _next(self, token: int, position: int) -> int:
+        return int(self._decode([token], position, 0)[-1].argmax())
+
+    def _decode(self, ids: list[int], position: int, first_output: int) -> np.ndarray:
+        """Logits of ids[first_output:], a view that the next call overwrites, shape (outputs, vocabulary)."""
+        if position + len(ids) > self._context_length:
+            raise RunnerError(f"{position + len(ids)} tokens do not fit into a context of {self._context_length}")
+        if not all(0 <= i < self._size for i in ids):
+            raise RunnerError(f"a token id is not in the artifact's vocabulary of {self._size}")
+        batch = self._batch
+        batch.n_tokens = len(ids)
+        for i, token in enumerate(ids):
+            batch.token[i] = token
+            batch.pos[i] = position + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = i >= first_output
+        code = self._lib.llama_decode(self._context, batch)
+        if code:
+            raise RunnerError(f"llama_decode failed with code {code}")
+        outputs = max(len(ids) - first_output, 0)
+        if not outputs:
+            return np.empty((0, self._size), np.float32)
+        return np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), (outputs, self._size))
+
+
+def _log(level: int, text: bytes, _: Any) -> None:
+    if level in (3, 4, 5):  # warning, error, and what continues a line
+        os.write(2, text)
+
+
+def _has_amx() -> bool:
+    try:
+        return "amx_tile" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
