@@ -28,7 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from phi3edge import registry
+from phi3edge.codecs import codec, is_float
 from phi3edge.errors import OutputError, UnsupportedError, UsageError
 from phi3edge.gguf_file import DEFAULT_ALIGNMENT, ValueType, write_header
 from phi3edge.tokenizer import AddedToken, Vocabulary
@@ -36,7 +36,6 @@ from phi3edge.types import ModelSpec, QuantPlan, Source, TensorPlan, TensorSpec
 
 ARCHITECTURE = "phi3"
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION: the layout of the blocks
-FLOAT_CODECS = ("f32", "f16", "bf16")
 
 TENSOR_NAMES = {
     "embedding": "token_embd.weight",
@@ -182,7 +181,7 @@ def metadata(
     if file_type is not None:
         pairs["general.file_type"] = (u32, file_type)
     pairs[f"{ARCHITECTURE}.attention.sliding_window"] = (u32, spec.sliding_window or 0)
-    if any(t.codec not in FLOAT_CODECS for t in plan.tensors):
+    if any(not is_float(t.codec) for t in plan.tensors):
         pairs["general.quantization_version"] = (u32, QUANTIZATION_VERSION)
 
     pairs["tokenizer.ggml.model"] = (text, vocabulary.model)
@@ -315,8 +314,7 @@ def _template_name(name: str) -> str:
 
 
 def _record(tensor: TensorPlan) -> tuple[str, int, tuple[int, ...], int]:
-    ggml_type = registry.load("codecs", tensor.codec).GGML_TYPE
-    return tensor_name(tensor.tensor), ggml_type, tensor.tensor.shape, tensor.bytes
+    return tensor_name(tensor.tensor), codec(tensor.codec).GGML_TYPE, tensor.tensor.shape, tensor.bytes
 
 
 def _file_names(name: str, count: int) -> list[str]:
@@ -340,15 +338,16 @@ def _shards(plan: QuantPlan, shared: Metadata, limit: int | None) -> list[list[T
     if limit is None:
         return [list(plan.tensors)]
     room = [limit - _header_size(plan, pairs) for pairs in (shared | _split_keys(0, 2, 0), _split_keys(0, 2, 0))]
+    largest = max(plan.tensors, key=lambda t: t.bytes)
+    if _padded(largest.bytes) > min(room):
+        raise UsageError(
+            f"{tensor_name(largest.tensor)} has {largest.bytes} bytes, which does not fit into files of {limit} bytes",
+            f"allow files of {limit - min(room) + _padded(largest.bytes)} bytes or more",
+        )
     number = used = 0
     numbered = []
     for tensor in plan.tensors:
         size = _padded(tensor.bytes)
-        if size > min(room):
-            raise UsageError(
-                f"{tensor_name(tensor.tensor)} needs {size} bytes in one file of at most {limit}",
-                f"allow files of {limit - min(room) + size} bytes or more",
-            )
         if used + size > room[min(number, 1)]:
             number, used = number + 1, 0
         used += size
