@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from phi3edge import __version__, checkpoint, manifest, recipes
+from phi3edge.checkpoint import SMALL_FILES
 from phi3edge.emitters import gguf
 from phi3edge.errors import MissingExtraError, OutputError, UnsupportedError
 from phi3edge.families import parse_config
 from phi3edge.plan import Fit, choose_context, estimate_fit, make_plan, require_fit, summarize, warnings
-from phi3edge.progress import Stages, silent
+from phi3edge.progress import Stages, reporting, silent
 from phi3edge.quantize import quantize
 from phi3edge.recipes import Recipe, load_recipe
 from phi3edge.registry import names
-from phi3edge.targets import Target, load_target
+from phi3edge.targets import Format, Target, load_target
 from phi3edge.tokenizer import load_tokenizer
 from phi3edge.types import JSON, ModelSpec, QuantPlan, Source
 
@@ -65,7 +66,7 @@ class Exported:
 
 
 def prepare(
-    name: str, target: str, recipe: str | None = None, context: int | None = None, format_: str | None = None
+    name: str, target: str, recipe: str | None = None, context: int | None = None, format_: Format | None = None
 ) -> Prepared:
     """Plan an export from the config alone: no weights are read.
 
@@ -77,14 +78,16 @@ def prepare(
 
 
 def prepare_spec(
-    spec: ModelSpec, target: str, recipe: str | None = None, context: int | None = None, format_: str | None = None
+    spec: ModelSpec, target: str, recipe: str | None = None, context: int | None = None, format_: Format | None = None
 ) -> Prepared:
     """Plan an export of a model that is already read; see `prepare`."""
     target_name, device = load_target(target)
     chosen = _choose_format(format_, target_name, device)
     recipe_name, mix = load_recipe(recipe or device.recipes[chosen])
     if chosen not in mix.formats:
-        raise UnsupportedError(f"recipe {recipe_name} is for {', '.join(mix.formats)}; target {target_name} takes {chosen}")
+        raise UnsupportedError(
+            f"recipe {recipe_name} is for {', '.join(mix.formats)}; target {target_name} takes {chosen}"
+        )
     tokens = choose_context(spec, device, context)
     plan = make_plan(spec, recipe_name, mix)
     return Prepared(plan, mix, target_name, device, estimate_fit(plan, device, tokens), warnings(plan, device, tokens))
@@ -96,7 +99,7 @@ def export(
     *,
     recipe: str | None = None,
     context: int | None = None,
-    format_: str | None = None,
+    format_: Format | None = None,
     out: Path | None = None,
     split_max_size: int | None = None,
     force: bool = False,
@@ -109,14 +112,23 @@ def export(
 
     Args:
         name: "org/name[@revision]", a local folder, or "demo".
+        target: a target's name, or the path of its file.
+        recipe: a recipe's name or path; None for the target's.
+        context: tokens that the KV cache must hold; None for the target's.
+        format_: artifact format; None for the first that the target takes.
+        out: folder to write; None for dist/<model>-<target>.
         split_max_size: largest file in bytes; None for the target's own limit.
         force: write a plan that does not fit, and replace an earlier artifact.
+        threads: worker threads; None for one per usable core.
+        stages: shows progress.
 
     Raises:
         Phi3EdgeError: see the subclasses; nothing is left behind.
     """
     require_quantizers()
-    with checkpoint.resolve(name, stages) as source:
+    with reporting(stages) as report:
+        source = checkpoint.resolve(name, report)
+    with source:
         spec = parse_config(source.config, source.generation_config, source.name)
         source.check(spec)
         ready = prepare_spec(spec, target, recipe, context, format_)
@@ -126,7 +138,7 @@ def export(
         vocabulary = load_tokenizer(source.path, spec)
         limit = split_max_size or (ready.target.files.max_bytes if ready.target.files else None)
         with output_folder(folder, force) as partial:
-            with stages("quantize", ready.plan.weight_bytes) as advance:
+            with stages("quantize", ready.plan.weight_bytes) as advance, source.each_read_once(spec):
                 files = gguf.emit(
                     ready.plan,
                     source.source,
@@ -138,7 +150,6 @@ def export(
                     split_max_size=limit,
                     on_bytes=advance,
                 )
-            source.assert_all_read(spec)
             notes = [*ready.notes, *gguf.notes(spec, vocabulary)]
             written = [{"name": f.path.name, "bytes": f.bytes, "sha256": f.sha256} for f in files]
             inputs = _describe_inputs(source, stages)
@@ -185,7 +196,7 @@ def output_folder(folder: Path, force: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _choose_format(wanted: str | None, target_name: str, target: Target) -> str:
+def _choose_format(wanted: Format | None, target_name: str, target: Target) -> Format:
     """The artifact format: the wanted one, or the first that the target takes."""
     chosen = wanted or target.formats[0]
     if chosen not in names("emitters"):
@@ -201,7 +212,7 @@ def _choose_format(wanted: str | None, target_name: str, target: Target) -> str:
 
 def _describe_inputs(source: Checkpoint, stages: Stages) -> list[JSON]:
     """Name, size and hash of every file of the checkpoint that was read."""
-    paths = source.files()
+    paths = [source.path / name for name in SMALL_FILES if (source.path / name).is_file()] + list(source.shards)
     with stages("hash inputs", sum(p.stat().st_size for p in paths)) as advance:
         return [{"name": p.name, "bytes": p.stat().st_size, "sha256": manifest.sha256(p, advance)} for p in paths]
 
@@ -217,7 +228,7 @@ def _manifest(
             "name": spec.name,
             "family": spec.family,
             "parameters": spec.parameters,
-            "checkpoint": name if source.repository is None else f"{source.repository}@{source.revision}",
+            "checkpoint": f"{source.repository}@{source.revision}" if source.revision else name,
             "repository": source.repository,
             "revision": source.revision,
             "licence": source.licence,
@@ -231,7 +242,14 @@ def _manifest(
             "bits_per_weight": round(ready.plan.bits_per_weight, 4),
             "weight_bytes": ready.plan.weight_bytes,
             "roles": [
-                {"role": r.role, "codec": r.codec, "wanted": r.wanted, "method": r.method, "tensors": r.tensors, "bytes": r.bytes}
+                {
+                    "role": r.role,
+                    "codec": r.codec,
+                    "wanted": r.wanted,
+                    "method": r.method,
+                    "tensors": r.tensors,
+                    "bytes": r.bytes,
+                }
                 for r in summarize(ready.plan)
             ],
         },

@@ -122,9 +122,9 @@ class Checkpoint:
     def __init__(self, path: Path, source: Source = LOCAL) -> None:
         """Open a folder; see `open_checkpoint`."""
         self.path = path
-        self.config = _read_json(path, CONFIG)
-        self.generation_config = _read_json(path, GENERATION_CONFIG) if (path / GENERATION_CONFIG).exists() else None
-        _refuse_foreign_code(self.config)
+        self.config = read_json(path, CONFIG)
+        self.generation_config = read_json(path, GENERATION_CONFIG) if (path / GENERATION_CONFIG).exists() else None
+        refuse_foreign_code(self.config)
         for name in SMALL_FILES:
             _inside(path, name)
         self.source = replace(source, licence=source.licence or _licence(path))
@@ -417,7 +417,7 @@ def no_safetensors(where: str, names: list[str]) -> CheckpointError:
 
 
 def _shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
-    index = _read_json(folder, INDEX) if (folder / INDEX).exists() else None
+    index = read_json(folder, INDEX) if (folder / INDEX).exists() else None
     if index is not None and (folder / SINGLE_FILE).exists():
         raise CheckpointError(f"{folder} has both {SINGLE_FILE} and {INDEX}", "delete the one that is not the model")
     if index is None and not (folder / SINGLE_FILE).exists():
@@ -429,7 +429,7 @@ def _shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     return tuple(_inside(folder, name) for name in names), weight_map
 
 
-def _read_json(folder: Path, name: str) -> JSON:
+def read_json(folder: Path, name: str) -> JSON:
     path = _inside(folder, name)
     try:
         return parse_object(path.read_bytes(), name)
@@ -448,7 +448,7 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _refuse_foreign_code(config: JSON) -> None:
+def refuse_foreign_code(config: JSON) -> None:
     """Known families are computed by phi3edge itself; an auto_map of theirs is never followed."""
     family, families = config.get("model_type"), registry.names("families")
     if family in families:

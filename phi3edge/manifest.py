@@ -69,7 +69,8 @@ def read_manifest(folder: Path) -> JSON:
         raise OutputError(f"{path} is not a phi3edge manifest: {error}") from None
     if schema != SCHEMA:
         raise OutputError(
-            f"{path} has schema {schema}; this phi3edge reads {SCHEMA}", "use the phi3edge that wrote it, or a newer one"
+            f"{path} has schema {schema}; this phi3edge reads {SCHEMA}",
+            "use the phi3edge that wrote it, or a newer one",
         )
     return manifest
 

@@ -139,7 +139,7 @@ class Recipe(Strict):
             codec = self.fallback.get(codec, "")
             if not codec or codec in tried:
                 raise ConfigError(
-                    f"recipe {name}: {tensor.name} has rows of {columns} weights, which {' and '.join(tried)} cannot hold",
+                    f"recipe {name}: {tensor.name} has rows of {columns} weights; {' and '.join(tried)} cannot hold them",
                     "declare a codec with smaller blocks under [fallback], for example q4_k = 'q5_0'",
                 )
             tried.append(codec)
@@ -147,7 +147,7 @@ class Recipe(Strict):
 
 
 def group(role: str) -> str:
-    """ "norm" or "linear": the group that a role belongs to in a recipe."""
+    """The group that a role belongs to in a recipe: "norm" or "linear"."""
     return "norm" if role.endswith("norm") else "linear"
 
 

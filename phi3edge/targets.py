@@ -11,6 +11,8 @@ from phi3edge._toml import Strict
 from phi3edge.errors import UsageError
 from phi3edge.units import parse_size
 
+Format = Literal["gguf", "onnx"]
+
 KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 """Bytes that one number of the KV cache takes, scales included."""
 
@@ -76,9 +78,9 @@ class Target(Strict):
 
     summary: str
     runtime: str
-    formats: tuple[Literal["gguf", "onnx"], ...]
+    formats: tuple[Format, ...]
     codecs: tuple[str, ...] = ()
-    recipes: dict[Literal["gguf", "onnx"], str] = {}
+    recipes: dict[Format, str] = {}
     context: int = Field(gt=0)
     kv_cache: Literal["f32", "f16", "q8_0", "q4_0"]
     memory: Memory

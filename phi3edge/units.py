@@ -4,7 +4,17 @@ import re
 
 from phi3edge.errors import UsageError
 
-FACTORS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+FACTORS = {
+    "": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
 
 
 def parse_size(text: str) -> int:
@@ -15,7 +25,9 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].lower() not in FACTORS:
-        raise UsageError(f"{text!r} is not a size", "write a number and a unit: 1.5GB (10^9 bytes) or 1.5GiB (2^30 bytes)")
+        raise UsageError(
+            f"{text!r} is not a size", "write a number and a unit: 1.5GB (10^9 bytes) or 1.5GiB (2^30 bytes)"
+        )
     return int(float(match[1]) * FACTORS[match[2].lower()])
 
 

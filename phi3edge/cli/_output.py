@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,8 +14,9 @@ from rich.table import Table
 
 from phi3edge.progress import Advance, Stages, silent
 
-stdout = Console(highlight=False, soft_wrap=False)
-stderr = Console(stderr=True, highlight=False)
+PIPE_WIDTH = 140
+stdout = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+stderr = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else PIPE_WIDTH)
 
 
 def print_json(content: Any) -> None:
@@ -38,11 +39,14 @@ def _plain(text: str) -> str:
 
 
 def table(*columns: str, title: str | None = None) -> Table:
-    """A table in the one style of phi3edge; a column whose name starts with ">" is aligned to the right."""
-    result = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
+    """A table in the one style of phi3edge; columns whose names start with ">" are aligned to the right."""
+    result = Table(
+        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    for number, column in enumerate(columns):
         right = column.startswith(">")
-        result.add_column(column.lstrip(">"), justify="right" if right else "left", header_style="dim", no_wrap=right)
+        justify: Literal["left", "right"] = "right" if right else "left"
+        result.add_column(column.lstrip(">"), justify=justify, header_style="dim", no_wrap=right or number == 0)
     return result
 
 

@@ -17,7 +17,7 @@ from phi3edge.errors import MissingExtraError, RunnerError
 from phi3edge.types import JSON
 from phi3edge.units import size
 
-EXTRAS = {
+EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "gguf": (("numba",), "write GGUF files: the quantizers"),
     "llama-cpp": (("llama-cpp-python",), "run GGUF files: llama.cpp"),
     "reference": (("torch", "transformers", "sentencepiece"), "compare with the checkpoint: the float32 reference"),
@@ -33,8 +33,9 @@ def doctor(as_json: JsonOption = False) -> int:
 
     Example: `phi3edge doctor`
     """
-    found = {"machine": machine(), "extras": extras(), "runtimes": [probe(name) for name in registry.names("runners")]}
-    broken = any(r["installed"] and not r["runs"] for r in found["runtimes"])
+    runtimes = [probe(name) for name in registry.names("runners")]
+    found: JSON = {"machine": machine(), "extras": extras(), "runtimes": runtimes}
+    broken = any(r["installed"] and not r["runs"] for r in runtimes)
     if as_json:
         print_json(found)
     else:
@@ -71,7 +72,9 @@ def extras() -> list[JSON]:
         versions = {package: _version(package) for package in packages}
         complete = None not in versions.values()
         command = None if complete else f"{Path(sys.executable).name} -m pip install 'phi3edge[{name}]'"
-        rows.append({"extra": name, "purpose": purpose, "packages": versions, "installed": complete, "command": command})
+        rows.append(
+            {"extra": name, "purpose": purpose, "packages": versions, "installed": complete, "command": command}
+        )
     return rows
 
 
@@ -97,7 +100,9 @@ def show(found: JSON) -> None:
     """The findings for a terminal."""
     here = found["machine"]
     memory = f", {size(here['memory_bytes'])} of memory" if here["memory_bytes"] else ""
-    stdout.print(f"phi3edge {here['phi3edge']}, Python {here['python']}, {here['system']}, {here['cores']} cores{memory}")
+    stdout.print(
+        f"phi3edge {here['phi3edge']}, Python {here['python']}, {here['system']}, {here['cores']} cores{memory}"
+    )
     stdout.print(f"cache: {here['cache']} ({size(here['cache_free_bytes'])} free)\n")
     rows = table("extra", "for", "packages")
     for extra in found["extras"]:
@@ -109,7 +114,13 @@ def show(found: JSON) -> None:
             stdout.print(f"to {extra['purpose']}:  {extra['command']}", markup=False)
     stdout.print()
     for runtime in found["runtimes"]:
-        verdict = "[green]runs[/green]" if runtime["runs"] else "[red]does not run[/red]" if runtime["installed"] else "[dim]not installed[/dim]"
+        verdict = (
+            "[green]runs[/green]"
+            if runtime["runs"]
+            else "[red]does not run[/red]"
+            if runtime["installed"]
+            else "[dim]not installed[/dim]"
+        )
         stdout.print(f"{runtime['runtime']}: {verdict}", end="")
         detail = runtime["detail"]
         if isinstance(detail, dict):

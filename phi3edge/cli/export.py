@@ -38,12 +38,16 @@ def export(
     split_max_size: Annotated[
         str | None, typer.Option("--split-max-size", help="Largest file, e.g. 1.5GB; default: the target's limit.")
     ] = None,
-    budget: Annotated[str | None, typer.Option("--budget", help="Not in this version: a size to fill.", hidden=True)] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="Not in this version: a size to fill.", hidden=True)
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu.")] = "cpu",
     validation: Annotated[bool, typer.Option("--validate/--no-validate", help="Run it beside the reference.")] = True,
     text: TextOption = None,
     chunks: ChunksOption = 16,
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier artifact; write what does not fit.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an earlier artifact; write what does not fit.")
+    ] = False,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> int:
@@ -61,7 +65,7 @@ def export(
             target,
             recipe=recipe,
             context=context,
-            format_=format_,
+            format_="gguf" if format_ else None,
             out=out,
             split_max_size=parse_size(split_max_size) if split_max_size else None,
             force=force,
@@ -77,7 +81,13 @@ def export(
     report = None
     if validation:
         report = validate.run(
-            made.artifact, checkpoint=checkpoint, target=target, text=text, chunks=chunks, threads=threads, quiet=as_json
+            made.artifact,
+            checkpoint=checkpoint,
+            target=target,
+            text=text,
+            chunks=chunks,
+            threads=threads,
+            quiet=as_json,
         )
     if as_json:
         print_json(
@@ -100,7 +110,11 @@ def refuse_what_is_to_come(method: str, format_: str | None, budget: str | None,
         raise UnsupportedError(f"unknown method {method!r}", "--method rtn")
     if format_ in ("onnx", "both"):
         raise UnsupportedError(f"--format {format_}: this version writes GGUF files only", "--format gguf")
+    if format_ not in (None, "gguf"):
+        raise UnsupportedError(f"unknown format {format_!r}", "--format gguf")
     if budget is not None:
-        raise UnsupportedError("--budget: this version cannot choose codecs by size", "choose a recipe: phi3edge recipes")
+        raise UnsupportedError(
+            "--budget: this version cannot choose codecs by size", "choose a recipe: phi3edge recipes"
+        )
     if device != "cpu":
         raise UnsupportedError(f"--device {device}: this version computes on the CPU only", "--device cpu")

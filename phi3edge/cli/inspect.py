@@ -40,7 +40,9 @@ def inspect(
     elif path.is_file():
         content = {"kind": "gguf", **explain(read_header(path), tensors, metadata)}
     else:
-        raise UsageError(f"{path} does not exist", "expected a .gguf file, an exported folder, or a checkpoint's folder")
+        raise UsageError(
+            f"{path} does not exist", "expected a .gguf file, an exported folder, or a checkpoint's folder"
+        )
     if as_json:
         print_json(content)
     else:
@@ -73,7 +75,13 @@ def explain(header: GGUFHeader, tensors: bool, metadata: bool) -> JSON:
     }
     if tensors:
         content["tensors"] = [
-            {"name": t.name, "type": ggml_types()[t.ggml_type].name, "shape": list(t.shape), "offset": t.offset, "bytes": t.nbytes}
+            {
+                "name": t.name,
+                "type": ggml_types()[t.ggml_type].name,
+                "shape": list(t.shape),
+                "offset": t.offset,
+                "bytes": t.nbytes,
+            }
             for t in header.tensors
         ]
     if metadata:
@@ -137,7 +145,9 @@ def show(path: Path, content: JSON) -> None:
     stdout.print(head)
     if described := content.get("manifest"):
         model, recipe = described["model"], described["recipe"]["name"]
-        stdout.print(f"made from {model['checkpoint']} for {described['target']} with {recipe}, licence {model['licence']}")
+        stdout.print(
+            f"made from {model['checkpoint']} for {described['target']} with {recipe}, licence {model['licence']}"
+        )
         for entry in described["files"]:
             stdout.print(f"  {entry['name']}: {size(entry['bytes'])}")
         for line in described["notes"]:
@@ -151,7 +161,9 @@ def show(path: Path, content: JSON) -> None:
     if "types" in content:
         types = table("type", ">tensors", ">weights", ">bytes", ">bits/weight")
         for t in content["types"]:
-            types.add_row(t["type"], str(t["tensors"]), f"{t['weights']:,}", size(t["bytes"]), f"{t['bits_per_weight']:.2f}")
+            types.add_row(
+                t["type"], str(t["tensors"]), f"{t['weights']:,}", size(t["bytes"]), f"{t['bits_per_weight']:.2f}"
+            )
         stdout.print(Text(), types)
         _show_tokenizer(content["tokenizer"])
     if "tensors" in content:
@@ -169,8 +181,8 @@ def show(path: Path, content: JSON) -> None:
 def _show_tokenizer(tokenizer: JSON) -> None:
     ends = ", ".join(f"{e['token']} ({key} {e['id']})" for key, e in tokenizer["ends"].items())
     template = "with" if tokenizer["chat_template"] else "without"
-    text = f"\ntokenizer {tokenizer['model']} ({tokenizer['pre']}), {tokenizer['tokens']} tokens, {template} chat template; ends at {ends}"
-    stdout.print(Text(text))
+    kind = f"tokenizer {tokenizer['model']} ({tokenizer['pre']}), {tokenizer['tokens']} tokens"
+    stdout.print(Text(f"\n{kind}, {template} chat template; ends at {ends}"))
 
 
 def _show(value: Any) -> str:

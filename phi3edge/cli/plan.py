@@ -61,7 +61,14 @@ def render(ready: Prepared) -> Group:
     for row in summarize(plan):
         codec = f"{row.codec} [yellow](not {row.wanted})[/yellow]" if row.wanted else row.codec
         rows.add_row(row.role, codec, row.method, str(row.tensors), f"{row.bits_per_weight:.2f}", size(row.bytes))
-    rows.add_row("[bold]all[/bold]", "", "", "", f"[bold]{plan.bits_per_weight:.2f}[/bold]", f"[bold]{size(plan.weight_bytes)}[/bold]")
+    rows.add_row(
+        "[bold]all[/bold]",
+        "",
+        "",
+        "",
+        f"[bold]{plan.bits_per_weight:.2f}[/bold]",
+        f"[bold]{size(plan.weight_bytes)}[/bold]",
+    )
 
     memory = table("memory (estimate)", ">bytes", "")
     memory.add_row("weights", size(fit.weights), "")
@@ -71,8 +78,8 @@ def render(ready: Prepared) -> Group:
     memory.add_row("[bold]all[/bold]", f"[bold]{size(fit.total)}[/bold]", f"of {size(fit.limit)}: {verdict}")
     largest = f"largest context that fits: {fit.largest_context}" if fit.largest_context else "no context fits"
     speed = Text(
-        f"\nRoofline: at most {fit.roofline_tokens_per_s:.0f} tokens/s decoded ({fit.roofline_full_tokens_per_s:.0f} with a "
-        f"full cache). An estimate: {ready.target.bandwidth.gb_per_s:g} GB/s over the bytes that one token reads; "
+        f"\nRoofline: at most {fit.roofline_tokens_per_s:.0f} tokens/s decoded, {fit.roofline_full_tokens_per_s:.0f} with "
+        f"a full cache. An estimate: {ready.target.bandwidth.gb_per_s:g} GB/s over the bytes that one token reads; "
         "devices reach 40 to 65 % of it."
     )
     memory_source = Text(f"Memory limit: {ready.target.memory.source}.", style="dim")

@@ -8,6 +8,7 @@ import typer
 
 from phi3edge.cli._options import JsonOption
 from phi3edge.cli._output import print_json, progress, say
+from phi3edge.progress import reporting
 
 
 def pull(
@@ -23,8 +24,8 @@ def pull(
     from phi3edge import hub
 
     name, _, revision = repository.partition("@")
-    with progress(quiet=as_json) as stages:
-        folder, source = hub.pull(name, revision or None, stages)
+    with progress(quiet=as_json) as stages, reporting(stages) as told:
+        folder, source = hub.pull(name, revision or None, told)
     if as_json:
         return print_json({"path": str(folder), "repository": source.repository, "revision": source.revision})
     say(f"{source.repository} at commit {source.revision}")

@@ -12,6 +12,7 @@ from phi3edge.build import REPORT_NAME
 from phi3edge.cli._options import ChunksOption, JsonOption, TextOption, ThreadsOption
 from phi3edge.cli._output import progress, say, stdout
 from phi3edge.errors import UsageError
+from phi3edge.progress import reporting
 from phi3edge.targets import load_target
 from phi3edge.types import JSON
 
@@ -69,9 +70,12 @@ def run(
     described = manifest.read_manifest(folder) if artifact.is_dir() or (folder / manifest.NAME).is_file() else None
     path = folder / described["files"][0]["name"] if described and artifact.is_dir() else artifact
     checkpoint = checkpoint or _named(described, "checkpoint", "--checkpoint")
-    target_name, device = load_target(target or _named(described, "target", "--target"))
+    _, device = load_target(target or _named(described, "target", "--target"))
     context = (described or {}).get("context") or device.context
-    with progress(quiet) as stages, resolve(checkpoint, stages) as source:
+    with progress(quiet) as stages:
+        with reporting(stages) as told:
+            source = resolve(checkpoint, told)
+        source.close()  # the reference is computed from its folder
         result = validation.validate(
             path,
             source.path,

@@ -192,7 +192,9 @@ def _rope_theta(config: JSON) -> float:
         raise CheckpointError(f"config.json: rope_parameters is {_short(parameters)}; expected an object")
     kind = parameters.get("rope_type", "default")
     if kind != "default":
-        raise UnsupportedError(f"config.json: rope_parameters.rope_type is {kind!r}; family phi3 computes 'default' only")
+        raise UnsupportedError(
+            f"config.json: rope_parameters.rope_type is {kind!r}; family phi3 computes 'default' only"
+        )
     if parameters.get("partial_rotary_factor", 1.0) not in (1.0, None):
         raise UnsupportedError(
             f"config.json: rope_parameters.partial_rotary_factor is {parameters['partial_rotary_factor']}; supported: 1.0"
@@ -209,7 +211,10 @@ def _rope_theta(config: JSON) -> float:
 def _eos_ids(config_ids: Any, generation_ids: Any, vocab: int) -> tuple[int, ...]:
     """All ids that end a generation, from an id or a list in each of the two files, first seen first."""
     ids: list[int] = []
-    for key, value in (("config.json: eos_token_id", config_ids), ("generation_config.json: eos_token_id", generation_ids)):
+    for key, value in (
+        ("config.json: eos_token_id", config_ids),
+        ("generation_config.json: eos_token_id", generation_ids),
+    ):
         for one in value if isinstance(value, list) else [value]:
             token = _token_id(key, one, vocab)
             if token is not None and token not in ids:

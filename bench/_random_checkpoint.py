@@ -1,0 +1,116 @@
+"""Checkpoints of random weights in real shapes, for measuring cost: their text is noise, their bytes are not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from sentencepiece import sentencepiece_model_pb2
+
+PHI3_MINI = {
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32064,
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "sliding_window": 2047,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 32000,
+    "pad_token_id": 32000,
+    "attention_dropout": 0.0,
+    "transformers_version": "4.40.2",
+}
+PIECES = 32000
+
+
+def write_checkpoint(folder: Path, layers: int = 32, seed: int = 0) -> None:
+    """A bf16 checkpoint in Phi-3-mini-4k's shapes with `layers` layers, one shard per four of them."""
+    folder.mkdir(parents=True)
+    config = {**PHI3_MINI, "num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [32000, 32001, 32007]}))
+    _write_tokenizer(folder)
+    random = np.random.default_rng(seed)
+    hidden, wide, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    edges = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
+    blocks = [
+        {
+            f"model.layers.{n}.input_layernorm.weight": (hidden,),
+            f"model.layers.{n}.self_attn.qkv_proj.weight": (3 * hidden, hidden),
+            f"model.layers.{n}.self_attn.o_proj.weight": (hidden, hidden),
+            f"model.layers.{n}.post_attention_layernorm.weight": (hidden,),
+            f"model.layers.{n}.mlp.gate_up_proj.weight": (2 * wide, hidden),
+            f"model.layers.{n}.mlp.down_proj.weight": (hidden, wide),
+        }
+        for n in range(layers)
+    ]
+    shards = [edges] + [{k: v for block in blocks[i : i + 4] for k, v in block.items()} for i in range(0, layers, 4)]
+    index = {}
+    for number, shapes in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_shard(folder / name, shapes, random)
+        index |= dict.fromkeys(shapes, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], random: np.random.Generator) -> None:
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for shape in shapes.values():
+            for start in range(0, int(np.prod(shape)), 2**24):
+                count = min(2**24, int(np.prod(shape)) - start)
+                weight = np.ones(count, np.float32) if len(shape) == 1 else random.standard_normal(count, np.float32) * 0.02
+                file.write((weight.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """A SentencePiece model with Phi-3's number of pieces and its added tokens."""
+    model = sentencepiece_model_pb2.ModelProto()
+    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+    for piece, kind in (("<unk>", kinds.UNKNOWN), ("<s>", kinds.CONTROL), ("</s>", kinds.CONTROL)):
+        model.pieces.add(piece=piece, score=0.0, type=kind)
+    for byte in range(256):
+        model.pieces.add(piece=f"<0x{byte:02X}>", score=0.0, type=kinds.BYTE)
+    while len(model.pieces) < PIECES:
+        model.pieces.add(piece=f"▁w{len(model.pieces)}", score=-float(len(model.pieces)), type=kinds.NORMAL)
+    model.trainer_spec.model_type = 2
+    model.trainer_spec.vocab_size = PIECES
+    model.trainer_spec.byte_fallback = True
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    added = ["<|endoftext|>", "<|assistant|>", *(f"<|placeholder{i}|>" for i in range(1, 5)), "<|system|>", "<|end|>"]
+    added += ["<|placeholder5|>", "<|placeholder6|>", "<|user|>"]
+    decoder = {
+        str(PIECES + i): {"content": t, "special": True, "rstrip": t != "<|endoftext|>", "lstrip": False, "normalized": False}
+        for i, t in enumerate(added)
+    }
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "added_tokens_decoder": decoder,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": "<s>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<unk>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": "{% for m in messages %}{{'<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n'}}{% endfor %}<|assistant|>\n",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))

@@ -1,0 +1,5 @@
+"""`python -m phi3edge`."""
+
+from phi3edge.cli.app import main
+
+main()

@@ -1,0 +1,217 @@
+"""Recipes, targets and plans: data in, numbers out."""
+
+from dataclasses import replace
+
+import pytest
+from _models import MHA, TIED, Shape, phi3_config
+from test_families import MINI_4K
+
+from phi3edge.codecs import bits_per_weight, codec, holds, row_bytes
+from phi3edge.errors import ConfigError, DoesNotFitError, UnsupportedError, UsageError
+from phi3edge.families import parse_config
+from phi3edge.plan import choose_context, estimate_fit, make_plan, require_fit, summarize, warnings
+from phi3edge.recipes import Layers, load_recipe, shipped_recipes
+from phi3edge.report import METRICS
+from phi3edge.targets import load_target, shipped_targets
+from phi3edge.units import parse_size, size
+
+MINI = parse_config(MINI_4K, None, "mini")
+
+
+def plan_of(recipe, spec=MINI):
+    return make_plan(spec, *load_recipe(recipe))
+
+
+def test_row_bytes():
+    assert row_bytes("q4_0", 3072) == 3072 // 32 * 18
+    assert row_bytes("q4_k", 3072) == 3072 // 256 * 144
+    assert row_bytes("bf16", 10) == 20
+    assert bits_per_weight("q6_k") == 6.5625
+    assert holds("q4_0", 576)
+    assert not holds("q4_k", 576)
+
+
+def test_q4_k_m_is_llama_cpps_mix_for_mini():
+    """Types counted in the file that llama-quantize Q4_K_M writes for 32 layers: 65 Q4_K, 32 Q5_K, 17 Q6_K."""
+    plan = plan_of("q4_k_m")
+    of = {role: [t.codec for t in plan.tensors if t.tensor.role == role] for role in ("attn_qkv", "ffn_down", "head")}
+    assert set(of["attn_qkv"]) == {"q5_k"}
+    more = [n for n, c in enumerate(of["ffn_down"]) if c == "q6_k"]
+    assert more == [n for n in range(32) if n < 4 or n >= 28 or (n - 4) % 3 == 2]
+    assert of["head"] == ["q6_k"]
+    assert [t.codec for t in plan.tensors if t.tensor.role == "embedding"] == ["q4_k"]
+
+
+def test_layer_choice_is_integer_division_like_llama_cpps():
+    chosen = Layers(first="1/8", last="1/8", every=3)
+    for n in range(1, 50):
+        expected = [i for i in range(n) if i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2]
+        assert [i for i in range(n) if chosen.chosen(i, n)] == expected
+
+
+def test_a_tied_embedding_gets_the_heads_codec():
+    plan = plan_of("q4_k_m", parse_config(phi3_config(TIED), None, "tiny"))
+    assert plan.tensors[0].codec == "q6_k"
+
+
+def test_rows_that_are_no_whole_blocks_get_the_declared_fallback():
+    spec = parse_config(phi3_config(Shape(hidden=192, intermediate=576, heads=4, kv_heads=4)), None, "odd")
+    plan = plan_of("q4_k_m", spec)
+    qkv = next(t for t in plan.tensors if t.tensor.role == "attn_qkv")
+    assert (qkv.codec, qkv.wanted) == ("q5_1", "q5_k")
+    head = next(t for t in plan.tensors if t.tensor.role == "head")
+    assert (head.codec, head.wanted) == ("q8_0", "q6_k")
+    _, target = load_target("cpu")
+    assert any("q5_1" in line for line in warnings(plan, target, 512))
+
+
+def test_a_row_that_nothing_holds_is_an_error(tmp_path):
+    own = tmp_path / "own.toml"
+    own.write_text('summary = "x"\nformats = ["gguf"]\n[codecs]\nlinear = "q4_k"\nnorm = "f32"\n')
+    spec = parse_config(phi3_config(Shape(hidden=192, intermediate=576)), None, "odd")
+    with pytest.raises(ConfigError, match="192"):
+        plan_of(str(own), spec)
+
+
+def test_plan_bytes_are_the_sum_of_rows():
+    plan = plan_of("q4_0")
+    linears = sum(t.tensor.size for t in plan.tensors if t.codec == "q4_0")
+    head = MINI.vocab_size * MINI.hidden_size
+    norms = sum(t.tensor.size for t in plan.tensors if t.codec == "f32")
+    assert linears + head + norms == MINI.parameters
+    assert plan.weight_bytes == linears // 32 * 18 + head // 256 * 210 + 4 * norms
+    assert sum(row.bytes for row in summarize(plan)) == plan.weight_bytes
+
+
+def test_kv_cache_of_mini_is_what_the_arithmetic_says():
+    """2 x 32 layers x 32 heads x 96 x 2 bytes x 4096 tokens = 1.61 GB."""
+    _, target = load_target("cpu")
+    fit = estimate_fit(plan_of("q4_k_m"), target, 4096)
+    assert fit.kv_cache == 1_610_612_736
+    assert fit.fits
+    assert fit.largest_context == 4096
+
+
+def test_what_does_not_fit_names_what_would():
+    _, target = load_target("iphone")
+    plan = plan_of("q8_0")
+    fit = estimate_fit(plan, target, 2048)
+    assert not fit.fits
+    with pytest.raises(DoesNotFitError) as error:
+        require_fit(plan, fit, "iphone", target)
+    assert "--recipe q4_k_m" in error.value.hint
+    assert "--recipe q6_k" not in error.value.hint
+
+
+def test_the_largest_context_fits_and_one_more_does_not():
+    _, target = load_target("iphone")
+    plan = plan_of("q4_k_m")
+    largest = estimate_fit(plan, target, 2048).largest_context
+    assert 0 < largest < 4096
+    assert estimate_fit(plan, target, largest).fits
+    assert not estimate_fit(plan, target, largest + 1).fits
+
+
+def test_the_roofline_leaves_the_embedding_out():
+    _, target = load_target("iphone")
+    plan = plan_of("q4_k_m")
+    fit = estimate_fit(plan, target, 2048)
+    read = plan.weight_bytes - plan.tensors[0].bytes
+    assert fit.roofline_tokens_per_s == pytest.approx(51.2e9 / read)
+    assert fit.roofline_full_tokens_per_s < fit.roofline_tokens_per_s
+
+
+def test_a_context_beyond_the_window_is_noted_for_gguf():
+    _, target = load_target("cpu")
+    plan = plan_of("q4_k_m")
+    assert any("2047" in line for line in warnings(plan, target, 4096))
+    assert not any("2047" in line for line in warnings(plan, target, 2048))
+
+
+def test_a_context_beyond_the_model_is_refused():
+    _, target = load_target("cpu")
+    assert choose_context(MINI, target, None) == 4096
+    assert choose_context(replace(MINI, context_length=512), target, None) == 512
+    with pytest.raises(UnsupportedError, match="4096"):
+        choose_context(MINI, target, 8192)
+
+
+def test_every_mini_target_of_gguf_fits_with_its_defaults():
+    for name, target in shipped_targets().items():
+        if "gguf" in target.formats:
+            plan = plan_of(target.recipes["gguf"])
+            assert estimate_fit(plan, target, choose_context(MINI, target, None)).fits, name
+
+
+def test_shipped_files_are_consistent():
+    assert {"iphone", "iphone-15-pro", "android", "android-low", "cpu", "directml"} <= set(shipped_targets())
+    names = {"q4_0", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "f16", "bf16", "f32"}
+    assert names <= set(shipped_recipes())
+    for target in shipped_targets().values():
+        assert set(target.gates) <= set(METRICS)
+        assert set(target.recipes) <= set(target.formats)
+        assert set(target.recipes.values()) <= set(shipped_recipes())
+    for recipe in shipped_recipes().values():
+        for format_ in recipe.formats:
+            for name in recipe.codecs.values():
+                assert format_ in codec(name).FORMATS
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ('linaer = "q4_0"', "linaer"),
+        ('linear = "q4_9"', "q4_0"),
+        ('norm = "q4_0"', "norm"),
+    ],
+)
+def test_a_wrong_recipe_is_an_error_that_names_the_key(tmp_path, change, says):
+    lines = {"linear": 'linear = "q4_0"', "norm": 'norm = "f32"'}
+    lines[change.split()[0]] = change
+    own = tmp_path / "own.toml"
+    own.write_text('summary = "x"\nformats = ["gguf"]\n[codecs]\n' + "\n".join(lines.values()))
+    with pytest.raises(ConfigError, match=says):
+        load_recipe(str(own))
+
+
+def test_an_unknown_key_names_the_nearest(tmp_path):
+    own = tmp_path / "own.toml"
+    own.write_text('summary = "x"\nformats = ["gguf"]\n[codecs]\nlinear = "q4_0"\nnorm = "f32"\n[falback]\n')
+    with pytest.raises(ConfigError) as error:
+        load_recipe(str(own))
+    assert "fallback" in error.value.hint
+
+
+def test_names_and_files_that_do_not_exist():
+    with pytest.raises(ConfigError) as error:
+        load_recipe("q4_km")
+    assert "q4_k_m" in error.value.hint
+    with pytest.raises(ConfigError) as error:
+        load_target("iphnoe")
+    assert "iphone" in error.value.hint
+    with pytest.raises(ConfigError, match=r"nowhere\.toml"):
+        load_target("nowhere.toml")
+
+
+def test_a_users_own_target(tmp_path):
+    own = tmp_path / "toaster.toml"
+    own.write_text(
+        'summary = "x"\nruntime = "y"\nformats = ["gguf"]\nrecipes = { gguf = "q4_0" }\ncontext = 128\nkv_cache = "f16"\n'
+        '[memory]\ndevice = "1 GB"\napp = "0.5GiB"\nsource = "z"\n[bandwidth]\ngb_per_s = 1\nsource = "z"\n'
+    )
+    name, target = load_target(str(own))
+    assert (name, target.memory.app) == ("toaster", 2**29)
+    own.write_text(own.read_text().replace('"0.5GiB"', '"lots"'))
+    with pytest.raises(ConfigError, match="lots"):
+        load_target(str(own))
+
+
+def test_sizes():
+    assert parse_size("1.5GB") == 1_500_000_000
+    assert parse_size("1.5 GiB") == 1_610_612_736
+    assert parse_size("42") == 42
+    for bad in ("", "GB", "1.5 G", "-1GB", "1e9"):
+        with pytest.raises(UsageError):
+            parse_size(bad)
+    assert size(2_390_000_000) == "2.39 GB"
+    assert MHA.vocab == 320
