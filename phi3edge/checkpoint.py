@@ -430,6 +430,7 @@ def _shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
 
 
 def read_json(folder: Path, name: str) -> JSON:
+    """A JSON object of a checkpoint's folder; CheckpointError if there is none or it is not one."""
     path = _inside(folder, name)
     try:
         return parse_object(path.read_bytes(), name)
@@ -449,7 +450,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def refuse_foreign_code(config: JSON) -> None:
-    """Known families are computed by phi3edge itself; an auto_map of theirs is never followed."""
+    """Raise UnsupportedError for a model that phi3edge does not compute itself; an auto_map is never followed."""
     family, families = config.get("model_type"), registry.names("families")
     if family in families:
         return
