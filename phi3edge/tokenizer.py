@@ -127,6 +127,7 @@ def load_tokenizer(folder: Path, spec: ModelSpec) -> Vocabulary:
     fast, config = _read_json(folder / "tokenizer.json"), _read_json(folder / "tokenizer_config.json")
     model_file = folder / "tokenizer.model"
     added = _added_tokens(folder, fast, config)
+    default, others = _chat_templates(folder, config)
     notes: list[str] = []
     merges: tuple[str, ...] = ()
     space = False
@@ -139,7 +140,7 @@ def load_tokenizer(folder: Path, spec: ModelSpec) -> Vocabulary:
     elif fast or model_file.is_file():
         kind = "llama"
         if fast:
-            space = _space_prefix(fast, notes)
+            space = _space_prefix(fast, default is not None, notes)
         if model_file.is_file():
             pieces, dummy_prefix = _read_sentencepiece(model_file, notes)
             space = space if fast else dummy_prefix
@@ -158,7 +159,6 @@ def load_tokenizer(folder: Path, spec: ModelSpec) -> Vocabulary:
     tokens, types, scores = _table(pieces, added, spec.vocab_size)
     special_ids = _special_ids(config, added, spec)
     add_bos, add_eos = _adds(fast, config, kind, notes)
-    default, others = _chat_templates(folder, config)
     _note_flags(added, kind, notes)
     return Vocabulary(
         model=kind,
@@ -311,10 +311,11 @@ def _pieces_from_merges(fast: JSON, notes: list[str]) -> list[tuple[str, float, 
     return pieces
 
 
-def _space_prefix(fast: JSON, notes: list[str]) -> bool:
+def _space_prefix(fast: JSON, chat: bool, notes: list[str]) -> bool:
     """Whether a SentencePiece vocabulary in tokenizer.json puts a space in front of a text.
 
-    llama.cpp does it for all pieces of text between special tokens, or for none.
+    llama.cpp does it for all pieces of text between special tokens, or for none. Where the tokenizer does it only at
+    the very start, none is right for a chat, which starts with a special token.
     """
     steps = [_step(step) for step in _steps(fast.get("normalizer")) + _steps(fast.get("pre_tokenizer"))]
     replace = ("replace", " ", SPACE)
@@ -324,10 +325,13 @@ def _space_prefix(fast: JSON, notes: list[str]) -> bool:
         return False
     if len(steps) == 1 and steps[0][:2] == ("metaspace", False):
         scheme = steps[0][2]
-        if scheme != "never":
-            notes.append("llama.cpp puts a space in front of a text that starts with one; this tokenizer does not")
+        if scheme == "first" and chat:
+            notes.append("llama.cpp puts no space in front of a text, as is right for a chat; this tokenizer does")
+            return False
         if scheme == "first":
             notes.append("llama.cpp puts a space after every special token; this tokenizer only at the very start")
+        if scheme != "never":
+            notes.append("llama.cpp puts a space in front of a text that starts with one; this tokenizer does not")
         return bool(scheme != "never")
     raise UnsupportedError(
         f"tokenizer.json: expected SentencePiece's spaces or byte-level BPE, got {steps or 'no pre-tokenizer'}"

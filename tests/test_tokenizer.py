@@ -200,17 +200,28 @@ def test_space_prefix_follows_the_normalizer(sentencepiece_folder: Path, tmp_pat
         assert llama.ids(text) == truth.encode(text).ids, text
 
 
-def test_what_gguf_cannot_say_is_noted(sentencepiece_folder: Path, tmp_path: Path) -> None:
+def test_a_space_at_the_very_start_only_is_left_out_for_the_sake_of_chats(
+    sentencepiece_folder: Path, tmp_path: Path
+) -> None:
     folder = only(sentencepiece_folder, tmp_path / "copy", "tokenizer.json")
     first = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
     change(folder, "tokenizer.json", normalizer=None, pre_tokenizer=first)
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    content["added_tokens"][-1]["lstrip"] = True
-    content["added_tokens"][-1]["rstrip"] = False
-    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     vocabulary = load_tokenizer(folder, spec())
-    text = "\n".join(gguf.notes(spec(), vocabulary))
-    assert "space after every special token" in text
+    llama = LlamaVocabulary(spec(), vocabulary, tmp_path / "vocabulary.gguf")
+    assert llama.ids(CHAT) == Tokenizer.from_file(str(folder / "tokenizer.json")).encode(CHAT).ids
+    assert len(vocabulary.notes) == 1
+    change(folder, "tokenizer_config.json", chat_template=None)
+    vocabulary = load_tokenizer(folder, spec())
+    assert vocabulary.add_space_prefix
+    assert "space after every special token" in vocabulary.notes[0]
+
+
+def test_flags_that_gguf_cannot_say_are_noted(sentencepiece_folder: Path, tmp_path: Path) -> None:
+    folder = only(sentencepiece_folder, tmp_path / "copy", "tokenizer.json")
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content["added_tokens"][-1] |= {"lstrip": True, "rstrip": False}
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    text = "\n".join(gguf.notes(spec(), load_tokenizer(folder, spec())))
     assert "'<|user|>' takes the spaces before it (lstrip, 1 tokens)" in text
     assert "for all or none: <|user|>" in text
 
