@@ -182,7 +182,7 @@ def load_tokenizer(folder: Path, spec: ModelSpec) -> Vocabulary:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, Any]]:
-    """The (number, value) pairs of a protobuf message: int for varints, bytes for everything else."""
+    """The (number, value) pairs of a protobuf message: int for varints, a view for everything else."""
     at = 0
 
     def varint() -> int:
@@ -223,7 +223,7 @@ def _read_sentencepiece(path: Path, notes: list[str]) -> tuple[list[tuple[str, f
             if number == 1:
                 piece = dict(_fields(value))
                 score = struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0
-                pieces.append((bytes(piece[1]).decode(), score, TokenType(piece.get(3, TokenType.NORMAL))))
+                pieces.append((str(piece[1], "utf-8"), score, TokenType(piece.get(3, TokenType.NORMAL))))
             elif number == 2:
                 trainer = dict(_fields(value))
             elif number == 3:

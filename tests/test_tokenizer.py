@@ -175,6 +175,16 @@ def test_tokens_types_and_scores(sentencepiece_folder: Path) -> None:
     assert (vocabulary.add_bos, vocabulary.add_eos, vocabulary.add_space_prefix) == (True, False, True)
 
 
+def test_tokenizer_model_is_read_as_sentencepiece_reads_it(sentencepiece_folder: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    truth = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
+    vocabulary = load_tokenizer(sentencepiece_folder, spec())
+    normal = range(3, PIECES)  # the first three are added tokens too
+    assert [vocabulary.tokens[n] for n in normal] == [truth.id_to_piece(n) for n in normal]
+    assert [vocabulary.scores[n] for n in normal] == [truth.get_score(n) for n in normal]
+    assert [n for n in normal if vocabulary.types[n] is TokenType.BYTE] == [n for n in normal if truth.is_byte(n)]
+
+
 def test_scores_from_merges_order_pieces_as_the_model_file_does(sentencepiece_folder: Path, tmp_path: Path) -> None:
     ours = load_tokenizer(only(sentencepiece_folder, tmp_path / "copy", "tokenizer.json"), spec())
     theirs = load_tokenizer(sentencepiece_folder, spec())
