@@ -36,12 +36,12 @@ def write_gguf(
     noise: float = 0.0,
     template: str | None = None,
     merges: bool = True,
-    eog: bool = True,
+    eos: int = 0,
 ) -> Path:
     """The checkpoint as a GGUF of one type (norms stay F32).
 
     `noise` disturbs the weights (relative to their size); `template` replaces the chat template; without `merges` the
-    tokenizer differs from the checkpoint's; without `eog` the end-of-turn token is an ordinary one.
+    tokenizer differs from the checkpoint's.
     """
     config = json.loads((checkpoint / "config.json").read_text())
     tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
@@ -59,7 +59,7 @@ def write_gguf(
     writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_sliding_window(config["sliding_window"])
-    special = {t["content"] for t in tokenizer["added_tokens"]} - (set() if eog else {"<|end|>"})
+    special = {t["content"] for t in tokenizer["added_tokens"]}
     pieces = sorted(tokenizer["model"]["vocab"].items(), key=lambda item: item[1])
     tokens = [piece for piece, _ in pieces]
     types = [gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens]
@@ -70,7 +70,7 @@ def write_gguf(
     writer.add_token_types(types + [gguf.TokenType.UNUSED] * unused)
     writer.add_token_merges([" ".join(m) for m in tokenizer["model"]["merges"]][: None if merges else 1])
     writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
+    writer.add_eos_token_id(eos)
     writer.add_add_bos_token(False)
     writer.add_chat_template(template or settings["chat_template"])
 

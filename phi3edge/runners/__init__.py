@@ -25,6 +25,9 @@ import numpy as np
 from phi3edge.errors import RunnerError
 from phi3edge.runners._child import receive, send
 
+# threads that wait for each other sleep: where they spin, a busy machine slows a runtime twenty times
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+
 _COMPLAINT = re.compile(r"error|invalid|assert|abort|fail|what\(\)|exception|fatal", re.IGNORECASE)
 
 
@@ -52,7 +55,7 @@ class Runner:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+            env={**_ENVIRONMENT, **os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
         )
         try:
             self._info: dict[str, Any] = self._receive("opening it", 0)[0]["result"]

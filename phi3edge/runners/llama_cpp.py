@@ -45,6 +45,7 @@ def open(
     context: int,
     threads: int | None = None,
     kv_type: str = "f16",
+    plain: bool = False,
     vocab_only: bool = False,
     timeout: float = 600,
 ) -> Runner:
@@ -55,6 +56,8 @@ def open(
         context: number of tokens the KV cache holds.
         threads: None for one per usable core.
         kv_type: one of KV_TYPES.
+        plain: no repacked weights and no flash attention (which a quantized KV cache needs): slower kernels, but the
+            figures depend less on the CPU. KL moves by a few percent from one to the other.
         vocab_only: read the vocabulary only; then nothing but `info` and `tokenize` works.
         timeout: seconds that one answer may take.
 
@@ -75,6 +78,7 @@ def open(
         "context": context,
         "threads": threads or _usable_cores(),
         "kv_type": kv_type,
+        "plain": plain,
         "vocab_only": vocab_only,
     }
     return Runner("llama_cpp", RUNTIME, artifact, options, timeout)
@@ -87,7 +91,7 @@ def _usable_cores() -> int:
 class Session:
     """A loaded model and its context; lives in the child process. The methods are those of `Runner`."""
 
-    def __init__(self, path: str, context: int, threads: int, kv_type: str, vocab_only: bool) -> None:
+    def __init__(self, path: str, context: int, threads: int, kv_type: str, plain: bool, vocab_only: bool) -> None:
         import llama_cpp as lib
 
         self._lib = lib
@@ -99,12 +103,9 @@ class Session:
         params = lib.llama_model_default_params()  # weights are mapped, not read: the default
         params.n_gpu_layers = 0
         params.vocab_only = vocab_only
-        self._workaround = None
-        if _has_amx():
-            params.use_extra_bufts = False
-            self._workaround = (
-                "use_extra_bufts=False: with AMX, repacked weights can crash llama_decode; prompts are slower"
-            )
+        amx = _has_amx()
+        params.use_extra_bufts = self._repack = not plain and not amx
+        self._workaround = "with AMX, repacked weights can crash llama_decode: not used" if amx else None
         self._model = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise RunnerError(
@@ -114,6 +115,7 @@ class Session:
         self._vocabulary = lib.llama_model_get_vocab(self._model)
         self._size = lib.llama_vocab_n_tokens(self._vocabulary)
         self._threads, self._context_length, self._kv_type = threads, context, kv_type
+        self._flash = not plain or kv_type in ("q4_0", "q8_0")
         self._context = None if vocab_only else self._open_context()
         self._load_s = time.perf_counter() - started
 
@@ -124,6 +126,7 @@ class Session:
         params.n_batch = params.n_ubatch = _BATCH
         params.n_threads = params.n_threads_batch = self._threads
         params.type_k = params.type_v = KV_TYPES[self._kv_type]
+        params.flash_attn_type = -1 if self._flash else 0  # the library's own choice, or off
         context = lib.llama_init_from_model(self._model, params)
         if not context:
             raise RunnerError(f"llama.cpp cannot make a context of {self._context_length} tokens", "is memory short?")
@@ -141,6 +144,9 @@ class Session:
             "context": self._context_length,
             "kv_type": self._kv_type,
             "batch": _BATCH,
+            "repacked_weights": self._repack,
+            "flash_attention": "auto" if self._flash else "off",
+            "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
             "vocabulary_size": self._size,
             "eog_ids": [i for i in range(self._size) if lib.llama_vocab_is_eog(self._vocabulary, i)],
             "chat_template": template.decode("utf-8", "replace") if template else None,

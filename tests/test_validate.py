@@ -1,0 +1,287 @@
+import json
+import os
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from _gguf import gguf_name, write_gguf
+from _models import GROUPED, write_model
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from phi3edge import reference
+from phi3edge.errors import CheckpointError, ConfigError, MissingExtraError, RunnerError, UsageError
+from phi3edge.report import Metric, Report, from_json, judge, render, to_json
+from phi3edge.text import Text, default_text
+from phi3edge.types import Source
+from phi3edge.validate import kl_divergence, log_softmax, validate
+
+CHUNKS, TOKENS = 3, 64
+TEXT = Text("sample", default_text().text[:6000], "0" * 64)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("PHI3EDGE_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("checkpoint") / "tiny", GROUPED)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gguf")
+
+
+@pytest.fixture(scope="module")
+def exact(checkpoint: Path, folder: Path) -> Path:
+    return write_gguf(checkpoint, folder / "exact.gguf")
+
+
+def run(artifact: Path, checkpoint: Path, **options) -> Report:
+    options = {"text": TEXT, "chunks": CHUNKS, "chunk_tokens": TOKENS, "threads": 1, "kv_type": "f32"} | options
+    return validate(artifact, checkpoint, **options)
+
+
+@pytest.fixture(scope="module")
+def report(exact: Path, checkpoint: Path) -> Report:
+    gates = {"ppl_ratio": 1.01, "kl_mean": 1e-4, "top1": 0.98, "load_s": 60, "decode_tokens_per_s": 0.1}
+    source = Source("someone/tiny", "0123abc")
+    return run(exact, checkpoint, gates=gates, name="someone/tiny", source=source)
+
+
+def test_an_exact_artifact_passes(report: Report) -> None:
+    assert report.passed
+    metrics = report.metrics
+    assert metrics["ppl_ratio"].value == pytest.approx(1, abs=1e-3)
+    assert abs(metrics["kl_mean"].value) < 2e-6
+    assert metrics["kl_median"].value <= metrics["kl_p90"].value <= metrics["kl_p99"].value <= metrics["kl_max"].value
+    assert metrics["tokenizer_mismatches"].value == 0
+    assert metrics["eog_missing"].value == 0
+    assert metrics["peak_memory_bytes"].value > metrics["bytes"].value
+    assert {g.name for g in report.gates} >= {"ppl_ratio", "tokenizer_mismatches", "eog_missing"}
+    assert report.tokens.chat
+    assert report.tokens.checked > 15
+    assert report.tokens.eos_ids == [0, 3]
+
+
+def test_figures_are_those_of_a_direct_computation(checkpoint: Path, folder: Path) -> None:
+    noisy = write_gguf(checkpoint, folder / "noisy.gguf", noise=0.1)
+    other = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    tensors = {t.name: t.data for t in gguf.GGUFReader(noisy).tensors}
+    weights = {name: torch.from_numpy(np.array(tensors[gguf_name(name)])) for name in other.state_dict()}
+    other.load_state_dict(weights)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(checkpoint)(TEXT.text)["input_ids"]
+    nll, reference_nll, kl, agree = [], [], [], []
+    for n in range(CHUNKS):
+        chunk = torch.tensor([ids[n * TOKENS : (n + 1) * TOKENS]])
+        with torch.no_grad():
+            p, q = (torch.log_softmax(m(chunk).logits[0].double(), -1) for m in (model, other))
+        for position in range(TOKENS // 2, TOKENS - 1):
+            nll.append(-q[position, chunk[0, position + 1]].item())
+            reference_nll.append(-p[position, chunk[0, position + 1]].item())
+            kl.append((p[position].exp() * (p[position] - q[position])).sum().item())
+            agree.append(bool(p[position].argmax() == q[position].argmax()))
+    report = run(noisy, checkpoint)
+    metrics = {name: metric.value for name, metric in report.metrics.items()}
+    assert report.protocol.scored_tokens == len(nll) == CHUNKS * (TOKENS // 2 - 1)
+    assert metrics["reference_ppl"] == pytest.approx(np.exp(np.mean(reference_nll)), rel=1e-5)
+    assert metrics["ppl"] == pytest.approx(np.exp(np.mean(nll)), rel=1e-4)
+    assert metrics["ppl_ratio"] == pytest.approx(metrics["ppl"] / metrics["reference_ppl"], rel=1e-9)
+    assert metrics["kl_mean"] == pytest.approx(np.mean(kl), rel=1e-3)
+    assert metrics["kl_mean"] > 1e-3
+    assert metrics["kl_p99"] == pytest.approx(np.quantile(kl, 0.99), rel=5e-3)
+    assert metrics["top1"] == pytest.approx(np.mean(agree), abs=0.011)
+    error = np.exp(np.mean(nll)) * np.std(nll, ddof=1) / len(nll) ** 0.5
+    assert report.metrics["ppl"].standard_error == pytest.approx(error, rel=1e-3)
+
+
+def test_a_missed_gate_fails_and_names_itself(checkpoint: Path, folder: Path) -> None:
+    artifact = write_gguf(checkpoint, folder / "q4.gguf", gguf.GGMLQuantizationType.Q4_0)
+    report = run(artifact, checkpoint, gates={"kl_mean": 1e-4, "top1": 0.05})
+    verdicts = {g.name: g.passed for g in report.gates}
+    assert verdicts == {"tokenizer_mismatches": True, "eog_missing": True, "kl_mean": False, "top1": True}
+    assert not report.passed
+    assert show(report).rstrip().endswith("failed: kl_mean (1 of 4 gates)")
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "value", "passed"),
+    [
+        ("kl_mean", 0.1, 0.1, True),
+        ("kl_mean", 0.1, 0.11, False),
+        ("top1", 0.7, 0.7, True),
+        ("top1", 0.7, 0.69, False),
+        ("ppl_ratio", 1.2, float("nan"), False),
+        ("top1", 0.7, float("nan"), False),
+        ("decode_tokens_per_s", 1, None, False),
+        ("kl_mean", 1, None, False),
+    ],
+)
+def test_gates(name: str, limit: float, value: float | None, passed: bool) -> None:
+    metrics = {} if value is None else {name: Metric(value=value)}
+    (gate,) = judge(metrics, {name: limit})
+    assert gate.passed is passed
+    assert gate.value is None if value is None else gate.value == pytest.approx(value, nan_ok=True)
+
+
+def test_an_unknown_metric_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'kl_maen'") as error:
+        validate(tmp_path / "none.gguf", tmp_path, gates={"kl_maen": 0.1})
+    assert "'kl_mean'" in error.value.hint
+    with pytest.raises(ConfigError, match="top1"):
+        judge({}, {"top1": float("nan")})
+
+
+def test_another_tokenizer_is_found_out(checkpoint: Path, folder: Path) -> None:
+    report = run(write_gguf(checkpoint, folder / "merges.gguf", merges=False), checkpoint)
+    assert not report.passed
+    assert report.metrics["tokenizer_mismatches"].value == len(report.tokens.mismatches) > 0
+    wrong = report.tokens.mismatches[0]
+    assert (
+        wrong.reference == AutoTokenizer.from_pretrained(checkpoint)(wrong.text, add_special_tokens=False)["input_ids"]
+    )
+    assert wrong.artifact != wrong.reference
+    assert repr(wrong.text)[:40] in show(report)
+
+
+def test_another_chat_template_is_found_out(checkpoint: Path, folder: Path) -> None:
+    template = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+    report = run(write_gguf(checkpoint, folder / "chat.gguf", template=template), checkpoint)
+    (mismatch,) = report.tokens.mismatches
+    assert "<|assistant|>\nParis." in mismatch.text
+    assert not report.passed
+
+
+def test_a_missing_end_token_is_found_out(exact: Path, tmp_path: Path) -> None:
+    chatty = write_model(tmp_path / "chatty", GROUPED, eos_token_id=[0, 7])
+    report = run(exact, chatty)
+    assert report.tokens.eos_ids == [0, 3, 7]
+    assert report.metrics["eog_missing"].value == 1
+    assert not report.passed
+    assert "does not stop at token ids [7]" in show(report)
+
+
+def test_an_artifact_of_another_model(checkpoint: Path, exact: Path, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other", GROUPED, vocab_size=384)
+    with pytest.raises(RunnerError, match="320 tokens in its vocabulary, the checkpoint 384"):
+        run(exact, other)
+
+
+def test_what_cannot_be_scored(checkpoint: Path, exact: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="100 chunks of 64 need 6400"):
+        run(exact, checkpoint, chunks=100, text=Text("short", "in the hand", ""))
+    with pytest.raises(UsageError, match=r"no runtime here runs model\.bin"):
+        run(tmp_path / "model.bin", checkpoint)
+    with pytest.raises(CheckpointError, match="cannot read the tokenizer"):
+        run(exact, tmp_path)
+
+
+def test_the_reference_pass_is_kept_and_bound_to_its_checkpoint(
+    checkpoint: Path, report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = reference.load_tokenizer(checkpoint)
+    ids = np.array(tokenizer(TEXT.text)["input_ids"][:128]).reshape(2, 64)
+    first = reference.reference_pass(checkpoint, ids, [[1, 2, 3]], 4)
+    monkeypatch.setattr(reference, "_run", lambda *_: pytest.fail("ran again"))
+    again = reference.reference_pass(checkpoint, ids, [[1, 2, 3]], 4)
+    assert again.greedy == first.greedy
+    np.testing.assert_array_equal(again.log_probs, first.log_probs)
+    assert first.log_probs.shape == (2, 31, 320)
+    assert first.log_probs.dtype == np.float16
+    config = checkpoint / "config.json"
+    before = reference._key(checkpoint, ids, [[1]], 4)
+    assert before != reference._key(checkpoint, ids + 1, [[1]], 4)
+    assert before != reference._key(checkpoint, ids.reshape(1, -1), [[1]], 4)
+    old = config.read_text()
+    config.write_text(old.replace("10000.0", "10001.0"))
+    assert before != reference._key(checkpoint, ids, [[1]], 4)
+    config.write_text(old)
+    assert before == reference._key(checkpoint, ids, [[1]], 4)
+
+
+def test_the_oldest_passes_go_when_they_take_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for age, name in enumerate(("new", "middle", "old")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data").write_bytes(bytes(1000))
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    monkeypatch.setattr(reference, "CACHE_BYTES", 2500)
+    reference._prune(tmp_path, tmp_path / "old")
+    assert {f.name for f in tmp_path.iterdir()} == {"old", "new"}
+
+
+def test_a_reference_that_does_not_fit(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "MemTotal: 9 kB\nMemAvailable:       100 kB\n")
+    with pytest.raises(UsageError, match=r"needs about .* MB of memory, 102 kB are free"):
+        reference._check_memory(checkpoint)
+
+
+def test_without_transformers(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingExtraError) as error:
+        reference.load_tokenizer(checkpoint)
+    assert "phi3edge[reference]" in error.value.hint
+
+
+def test_divergence() -> None:
+    logits = np.random.default_rng(0).standard_normal((5, 1000)).astype(np.float32) * 4
+    p, q = log_softmax(logits), log_softmax(logits[::-1].copy())
+    np.testing.assert_allclose(np.exp(p).sum(-1), 1, rtol=1e-5)
+    assert np.abs(kl_divergence(p, p)).max() == 0
+    expected = torch.nn.functional.kl_div(torch.tensor(q), torch.tensor(p), reduction="none", log_target=True).sum(-1)
+    np.testing.assert_allclose(kl_divergence(p, q), expected.numpy(), rtol=1e-4)
+    half, thirds = np.array([[np.log(0.5), np.log(0.5), -np.inf]]), np.log([[0.25, 0.25, 0.5]])
+    assert kl_divergence(half, thirds)[0] == pytest.approx(np.log(2))
+
+
+def test_report_round_trip(report: Report) -> None:
+    assert from_json(to_json(report)) == report
+    data = json.loads(to_json(report))
+    assert data["schema_version"] == 1
+    assert data["checkpoint"] == {"name": "someone/tiny", "repository": "someone/tiny", "revision": "0123abc"}
+    assert len(data["artifact"][0]["sha256"]) == 64
+    broken = report.model_copy(update={"metrics": {**report.metrics, "ppl": Metric(value=float("nan"))}})
+    assert np.isnan(from_json(to_json(broken)).metrics["ppl"].value)
+    assert "not a number" in show(broken)
+
+
+def test_report_holds_no_path_of_this_machine(report: Report, checkpoint: Path, exact: Path, cache: Path) -> None:
+    text = to_json(report)
+    for place in (checkpoint.parent, exact.parent, cache, Path.home(), Path.cwd()):
+        assert str(place) not in text
+
+
+def test_a_report_that_is_not_one(report: Report) -> None:
+    data = json.loads(to_json(report))
+    with pytest.raises(ConfigError, match="extra"):
+        from_json(json.dumps(data | {"extra": 1}))
+    with pytest.raises(ConfigError, match="schema_version"):
+        from_json(json.dumps(data | {"schema_version": 2}))
+    with pytest.raises(ConfigError, match="contradicts"):
+        from_json(json.dumps(data | {"passed": False}))
+    with pytest.raises(ConfigError, match="JSON"):
+        from_json("{")
+
+
+def test_report_as_a_table(report: Report) -> None:
+    table = show(report)
+    assert table.splitlines()[0] == "exact.gguf  against  someone/tiny"
+    assert "KL, 99th percentile" in table
+    assert "≥ 98.0 %  pass" in table
+    assert table.rstrip().endswith("passed: 7 of 7 gates")
+    assert max(map(len, table.splitlines())) <= 100
+
+
+def show(report: Report) -> str:
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console.print(render(report))
+    return "\n".join(line.rstrip() for line in console.export_text().splitlines())
