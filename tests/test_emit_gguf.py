@@ -160,9 +160,7 @@ def test_metadata(vocabulary: Vocabulary) -> None:
         "tokenizer.ggml.add_eos_token": (boolean, False),
         "tokenizer.chat_template": (text, TEMPLATE),
     }
-    assert gguf.notes(model, vocabulary, context_length=511) == []
-    [note] = gguf.notes(model, vocabulary)
-    assert "sliding window: past 511 tokens" in note
+    assert gguf.notes(model, vocabulary) == []
 
 
 def test_metadata_that_depends(vocabulary: Vocabulary) -> None:

@@ -208,14 +208,9 @@ def metadata(
     return pairs
 
 
-def notes(spec: ModelSpec, vocabulary: Vocabulary, context_length: int | None = None) -> list[str]:
-    """One line for everything that the file cannot say, or llama.cpp does not do; for the plan and the report."""
+def notes(spec: ModelSpec, vocabulary: Vocabulary) -> list[str]:
+    """One line for everything about the tokenizer that the file cannot say; for the plan and the report."""
     found = list(vocabulary.notes)
-    if spec.sliding_window and spec.sliding_window < (context_length or spec.context_length):
-        found.append(
-            f"llama.cpp ignores the model's sliding window: past {spec.sliding_window} tokens it attends to all of"
-            " them, and the model does not"
-        )
     rule = _applies_rule(vocabulary)
     wrong = [t.content for t in vocabulary.added if t.rstrip != (rule and _rule_strips(t))]
     if wrong:
