@@ -36,7 +36,8 @@ def put_nibbles(codes, out, at, zero):
 
     Args:
         codes: the codes, uint64 (blocks, 4).
-        out: uint16 (blocks, words); the 8 words from column `at` are written.
+        out: uint16 (blocks, words), written.
+        at: the first of the 8 words to write.
         zero: 8 (signed codes) or 0.
     """
     flip = np.uint64(zero) * _ONES  # (code + 8) mod 16 flips bit 3

@@ -57,7 +57,7 @@ def quantize_xs(codec: str, weight: np.ndarray, importance: np.ndarray | None) -
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """scale * VALUES[code]: float32 (rows, columns), for float32 scales (rows, columns / 32)."""
+    """The weights scale * VALUES[code], float32 (rows, columns), for float32 scales (rows, columns / 32)."""
     weight = np.empty(codes.shape, np.float32)
     looked_up(np.ascontiguousarray(codes).reshape(-1, BLOCK), scales.reshape(-1), weight.reshape(-1, BLOCK))
     return weight
@@ -65,6 +65,8 @@ def dequantize(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 def pack_xs(q: Quantized) -> np.ndarray:
     """Super-blocks as iq4_xs.py lays them out: uint8 (rows, columns / 256 * 136)."""
+    assert q.scales is not None
+    assert q.super_scales is not None
     rows, columns = q.codes.shape
     count = rows * (columns // BLOCK // SUPER)
     out = np.empty((count, 68), np.uint16)
@@ -123,7 +125,7 @@ def get_scales(data, scales):
 
 @njit(nogil=True, cache=True)
 def looked_up(codes, scales, weight):
-    """weight = scale * VALUES[code]. codes uint8 (blocks, 32), scales float32 (blocks,), weight float32, written."""
+    """Writes weight = scale * VALUES[code]: uint8 (blocks, 32), float32 (blocks,), float32 (blocks, 32)."""
     for b in range(codes.shape[0]):
         for j in range(BLOCK):
             weight[b, j] = np.float32(scales[b] * _TABLE[codes[b, j] & 15])

@@ -42,7 +42,7 @@ def load(weight, importance, first, count, x, w, top):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def reciprocal(values, out):
-    """out = 1 / values, and 0 where that is not finite."""
+    """Writes 1 / values, and 0 where that is not finite."""
     for lane in range(values.shape[0]):
         inverse = np.float32(np.float32(1) / values[lane])
         out[lane] = inverse if abs(inverse) < np.float32(3e38) else np.float32(0)

@@ -67,8 +67,9 @@ def quantize_ranged(codec: str, weight: np.ndarray, importance: np.ndarray | Non
 
 
 def dequantize(q: Quantized) -> np.ndarray:
-    """scale * code, plus the block's minimum if there is one: float32 (rows, columns)."""
+    """The weights: scale * code, plus the block's minimum if there is one: float32 (rows, columns)."""
     weight = np.empty(q.codes.shape, np.float32)
+    assert q.scales is not None
     codes = np.ascontiguousarray(q.codes).reshape(-1, BLOCK)
     scales = np.ascontiguousarray(q.scales).reshape(-1)
     if q.mins is None:
@@ -107,6 +108,13 @@ def _ordered(bits):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
+def _inverse(scale):
+    """Gives 1 / scale, and 0 where that is infinite: for blocks of zeros, or far below the smallest float16."""
+    inverse = np.float32(_ONE / scale)
+    return inverse if abs(inverse) < np.float32(np.inf) else _ZERO
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def round_absmax(weight, codes, scales):
     """Q8_0: scale = max|w| / 127, codes rounded half away from zero.
 
@@ -121,7 +129,7 @@ def round_absmax(weight, codes, scales):
         for j in range(BLOCK):
             top = max(top, np.int32(bits[b, j] & _MAGNITUDE))
         scale = np.float32(_float(top) / np.float32(127))
-        inverse = _ZERO if scale == _ZERO else np.float32(_ONE / scale)
+        inverse = _inverse(scale)
         for j in range(BLOCK):
             value = np.float32(weight[b, j] * inverse)
             size = np.float32(abs(value))
@@ -142,7 +150,6 @@ def round_signed(weight, codes, scales, half):
         half: 8 for 4 bits, 16 for 5 bits.
     """
     bits = weight.view(np.int32)
-    offset = np.float32(half + 0.5)
     for b in range(weight.shape[0]):
         top = np.int32(0)
         for j in range(BLOCK):
@@ -151,7 +158,9 @@ def round_signed(weight, codes, scales, half):
         for j in range(BLOCK):
             first = min(first, np.int32(j) if np.int32(bits[b, j] & _MAGNITUDE) == top else np.int32(BLOCK))
         scale = np.float32(weight[b, first] / np.float32(-half))
-        inverse = _ZERO if scale == _ZERO else np.float32(_ONE / scale)
+        inverse = _inverse(scale)
+        # Where the scale is not 0 but its inverse is infinite, the reference stores the code 0, the smallest.
+        offset = np.float32(half + 0.5) if inverse != _ZERO or scale == _ZERO else _ZERO
         for j in range(BLOCK):
             code = np.int32(np.float32(np.float32(weight[b, j] * inverse) + offset))
             codes[b, j] = np.int8(min(code, np.int32(2 * half - 1)) - np.int32(half))
@@ -179,7 +188,7 @@ def round_ranged(weight, codes, scales, mins, levels):
             high = max(high, key)
         minimum = _float(_ordered(low))
         scale = np.float32(np.float32(_float(_ordered(high)) - minimum) / np.float32(levels - 1))
-        inverse = _ZERO if scale == _ZERO else np.float32(_ONE / scale)
+        inverse = _inverse(scale)
         for j in range(BLOCK):
             code = np.int32(np.float32(np.float32(np.float32(weight[b, j] - minimum) * inverse) + _HALF))
             codes[b, j] = np.uint8(min(code, np.int32(levels - 1)))
@@ -189,7 +198,7 @@ def round_ranged(weight, codes, scales, mins, levels):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def scaled(codes, scales, weight):
-    """weight = scale * code. codes (blocks, 32), scales float32 (blocks,), weight float32 (blocks, 32), written."""
+    """Writes weight = scale * code: codes (blocks, 32), scales float32 (blocks,), weight float32 (blocks, 32)."""
     for b in range(codes.shape[0]):
         for j in range(BLOCK):
             weight[b, j] = np.float32(scales[b] * np.float32(codes[b, j]))
@@ -197,7 +206,7 @@ def scaled(codes, scales, weight):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def scaled_from(codes, scales, mins, weight):
-    """weight = scale * code + min, in two float32 roundings as every decoder does it."""
+    """Writes weight = scale * code + min, in two float32 roundings as every decoder does it."""
     for b in range(codes.shape[0]):
         for j in range(BLOCK):
             weight[b, j] = np.float32(np.float32(scales[b] * np.float32(codes[b, j])) + mins[b])
@@ -231,7 +240,8 @@ def search_signed(weight, importance, codes, scales, low, high, tops, rounds):
         importance: float32 (blocks of a row, 32).
         codes: int8 (blocks, 32), written.
         scales: float32 (blocks,), written, on float16 values.
-        low, high: the range of codes, float32.
+        low: the smallest code, float32.
+        high: the largest code, float32.
         tops: float32 (candidates,).
         rounds: how often to refine.
     """

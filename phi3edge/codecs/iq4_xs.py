@@ -46,7 +46,10 @@ def dequantize(q: Quantized) -> np.ndarray:
 
     from phi3edge.codecs import _iq4
 
-    return _iq4.dequantize(q.codes, np.repeat(q.super_scales, _iq4.SUPER, axis=1) * q.scales.astype(np.float32))
+    assert q.scales is not None
+    assert q.super_scales is not None
+    scales = np.repeat(q.super_scales, _iq4.SUPER, axis=1) * q.scales.astype(np.float32)
+    return _iq4.dequantize(q.codes, scales)
 
 
 def pack(q: Quantized) -> np.ndarray:

@@ -47,6 +47,7 @@ def pack(q: Quantized) -> np.ndarray:
     """The file's bytes, uint8 (rows, columns / 32 * 18)."""
     from phi3edge.codecs import _bytes
 
+    assert q.scales is not None
     return _bytes.pack_blocks(q.codes, (q.scales,), bits=4, zero=8)
 
 

@@ -47,6 +47,8 @@ def pack(q: Quantized) -> np.ndarray:
     """The file's bytes, uint8 (rows, columns / 32 * 20)."""
     from phi3edge.codecs import _bytes
 
+    assert q.scales is not None
+    assert q.mins is not None
     return _bytes.pack_blocks(q.codes, (q.scales, q.mins), bits=4, zero=0)
 
 

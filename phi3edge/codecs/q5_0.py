@@ -1,6 +1,7 @@
 """Q5_0: blocks of 32 weights, signed 5-bit codes, one scale.
 
-Block, 22 bytes: float16 scale; 32 bits, bit j = bit 4 of code j; 16 bytes, byte j = low nibbles of code j and, << 4, of code j + 16.
+Block, 22 bytes: float16 scale; 32 bits, bit j = bit 4 of code j;
+16 bytes, byte j = low nibbles of code j and, << 4, of code j + 16.
 Weight: scale * code, codes in [-16, 15], stored plus 16. ggml's block_q5_0.
 Without importance the rounding is ggml's reference, bit for bit; with it, a weighted least-squares search.
 """
@@ -47,6 +48,7 @@ def pack(q: Quantized) -> np.ndarray:
     """The file's bytes, uint8 (rows, columns / 32 * 22)."""
     from phi3edge.codecs import _bytes
 
+    assert q.scales is not None
     return _bytes.pack_blocks(q.codes, (q.scales,), bits=5, zero=16)
 
 

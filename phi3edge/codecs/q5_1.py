@@ -1,6 +1,7 @@
 """Q5_1: blocks of 32 weights, 5-bit codes, one scale and one minimum.
 
-Block, 24 bytes: float16 scale; float16 minimum; 32 bits, bit j = bit 4 of code j; 16 bytes, byte j = low nibbles of code j and, << 4, of code j + 16.
+Block, 24 bytes: float16 scale; float16 minimum; 32 bits, bit j = bit 4 of code j;
+16 bytes, byte j = low nibbles of code j and, << 4, of code j + 16.
 Weight: scale * code + minimum, codes in [0, 31]. ggml's block_q5_1.
 Without importance the rounding is ggml's reference, bit for bit; with it, a weighted least-squares search.
 """
@@ -47,6 +48,8 @@ def pack(q: Quantized) -> np.ndarray:
     """The file's bytes, uint8 (rows, columns / 32 * 24)."""
     from phi3edge.codecs import _bytes
 
+    assert q.scales is not None
+    assert q.mins is not None
     return _bytes.pack_blocks(q.codes, (q.scales, q.mins), bits=5, zero=0)
 
 

@@ -47,6 +47,7 @@ def pack(q: Quantized) -> np.ndarray:
     """The file's bytes, uint8 (rows, columns / 32 * 34)."""
     from phi3edge.codecs import _bytes
 
+    assert q.scales is not None
     return _bytes.pack_blocks(q.codes, (q.scales,), bits=8, zero=0)
 
 
