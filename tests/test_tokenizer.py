@@ -233,7 +233,7 @@ def test_flags_that_gguf_cannot_say_are_noted(sentencepiece_folder: Path, tmp_pa
     (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     text = "\n".join(gguf.notes(spec(), load_tokenizer(folder, spec())))
     assert "'<|user|>' takes the spaces before it (lstrip, 1 tokens)" in text
-    assert "for all or none: <|user|>" in text
+    assert "on is wrong for <|user|>" in text
 
 
 def test_chat_templates(sentencepiece_folder: Path, tmp_path: Path) -> None:

@@ -214,11 +214,8 @@ def notes(spec: ModelSpec, vocabulary: Vocabulary) -> list[str]:
     rule = _applies_rule(vocabulary)
     wrong = [t.content for t in vocabulary.added if t.rstrip != (rule and _rule_strips(t))]
     if wrong:
-        verb = "take" if not rule else "do not take"
-        found.append(
-            f"llama.cpp strips space after special tokens for all or none: {', '.join(wrong)} should {verb} the space"
-            " that follows"
-        )
+        state = "on" if rule else "off"
+        found.append(f"llama.cpp has rstrip on or off for all special tokens; {state} is wrong for {', '.join(wrong)}")
     written = end_ids(spec, vocabulary).values()
     for index in spec.eos_token_ids:
         token = vocabulary.tokens[index]
