@@ -1,5 +1,6 @@
 """GGUF headers: gguf-py reads what we write, we read what gguf-py writes, and nothing damaged is believed."""
 
+import contextlib
 import io
 import struct
 import time
@@ -56,8 +57,10 @@ def test_gguf_py_reads_what_we_write(tmp_path, alignment):
         assert reader.fields[key].types[-1].value == kind, key
     assert [t.name for t in reader.tensors] == [t[0] for t in TENSORS]
     for i, (ours, theirs) in enumerate(zip(TENSORS, reader.tensors, strict=True)):
-        assert tuple(theirs.shape)[::-1] == ours[2] and theirs.tensor_type == ours[1]
-        assert theirs.data_offset % alignment == 0 and theirs.n_bytes == ours[3]
+        assert tuple(theirs.shape)[::-1] == ours[2]
+        assert theirs.tensor_type == ours[1]
+        assert theirs.data_offset % alignment == 0
+        assert theirs.n_bytes == ours[3]
         assert set(theirs.data.tobytes()) == {i + 1}
 
 
@@ -105,7 +108,9 @@ def test_version_2_reads_the_same(path):
     newer = read_header(path)
     path.write_bytes(data)
     older = read_header(path)
-    assert older.version == 2 and older.metadata == newer.metadata and older.tensors == newer.tensors
+    assert older.version == 2
+    assert older.metadata == newer.metadata
+    assert older.tensors == newer.tensors
 
 
 def test_block_sizes_are_ggmls():
@@ -121,7 +126,7 @@ def test_bytes_are_deterministic():
     assert first.getvalue() == second.getvalue()
 
 
-@pytest.mark.parametrize("kind, value", [("UINT8", 256), ("STRING", 3), ("UINT32", "x"), ("FLOAT32", 1e39)])
+@pytest.mark.parametrize(("kind", "value"), [("UINT8", 256), ("STRING", 3), ("UINT32", "x"), ("FLOAT32", 1e39)])
 def test_a_value_that_its_type_cannot_hold_is_refused(kind, value):
     with pytest.raises(ValueError, match=f"'some.key': {kind} cannot hold"):
         write_header(io.BytesIO(), {"some.key": (ValueType[kind], value)}, [])
@@ -208,7 +213,8 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, name):
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=message) as error:
         read_header(path)
-    assert error.value.message.startswith("bad.gguf: ") and "\n" not in error.value.message
+    assert error.value.message.startswith("bad.gguf: ")
+    assert "\n" not in error.value.message
 
 
 def test_every_truncation_is_refused(path):
@@ -224,10 +230,8 @@ def test_no_single_byte_crashes_the_reader(path):
     for at in range(read_header(path).data_offset):
         for value in (0, 255):
             path.write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
-            try:
+            with contextlib.suppress(CheckpointError):
                 read_header(path)
-            except CheckpointError:
-                pass
 
 
 def test_a_missing_file_is_one_clear_error(tmp_path):
