@@ -74,9 +74,9 @@ def _build(original: Path, folder: Path, progress: Told | None) -> None:
         built = Path(work) / FOLDER
         built.mkdir()
         write_checkpoint(original, built, progress)
-        if folder.exists() and not is_complete(folder):
-            folder.rename(Path(work) / "damaged")
         try:
+            if folder.exists() and not is_complete(folder):
+                folder.rename(Path(work) / "damaged")
             built.rename(folder)
         except OSError:
             if not is_complete(folder):  # else another process was faster: its bytes are the same
