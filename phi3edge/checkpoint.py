@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import prod
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from phi3edge import registry
-from phi3edge.cache import cache_dir
 from phi3edge.errors import CheckpointError, UnsupportedError
 from phi3edge.safetensors_file import DTYPE_BYTES, TensorEntry, parse_object, read_header
 from phi3edge.types import JSON, ModelSpec, Source
@@ -52,9 +51,6 @@ PIECE = 1 << 17
 
 LOCAL = Source(None, None)
 """A folder of unknown origin."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, bytes so far, bytes in all)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +139,8 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """For people: the hub name without the organization, else the folder's name."""
-        return (self.source.repository or self.path.resolve().name).rsplit("/", 1)[-1]
+        """The model's name, for people."""
+        return model_name(self.path, self.source)
 
     def info(self, name: str) -> tuple[str, tuple[int, ...]]:
         """Dtype ("BF16", "F16", "F32" ...) and shape of a tensor."""
@@ -357,34 +353,9 @@ def open_checkpoint(path: Path, source: Source = LOCAL) -> Checkpoint:
     return Checkpoint(path, source)
 
 
-def resolve(name: str, progress: Progress | None = None) -> Checkpoint:
-    """Open a checkpoint by name: "demo", a folder, or "organization/name[@revision]" on the model hub.
-
-    Args:
-        name: a folder wins over the hub; write ./demo for a folder of that name.
-        progress: told of the bytes that are downloaded or built, if any are.
-
-    Raises:
-        CheckpointError: nothing of that name, or it cannot be read.
-        HubError: the hub cannot give it.
-    """
-    if name == "demo":
-        from phi3edge.demo import build_demo
-
-        return open_checkpoint(build_demo(cache_dir(), progress=progress), Source("demo", None))
-    folder = Path(name).expanduser()
-    if folder.exists():
-        return open_checkpoint(folder, _cached_source(folder))
-    if match := re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", name):
-        from phi3edge.hub import pull
-
-        path, source = pull(match[1], match[2], progress)
-        return open_checkpoint(path, source)
-    if os.sep in name or name.startswith((".", "~")):
-        raise CheckpointError(f"no folder {name}")
-    near = ["demo", *(f"./{p.parent.name}" for p in Path.cwd().glob(f"*/{CONFIG}"))]
-    hint = f"{registry.did_you_mean(name, near)}; a hub model is organization/name"
-    raise CheckpointError(f"no checkpoint {name!r}", hint)
+def model_name(folder: Path, source: Source) -> str:
+    """For people: the hub name without the organization, else the folder's name."""
+    return (source.repository or folder.resolve().name).rsplit("/", 1)[-1]
 
 
 def weight_files(index: JSON | None) -> tuple[tuple[str, ...], dict[str, str] | None]:
@@ -472,7 +443,7 @@ def _licence(folder: Path) -> str | None:
     return named.get("license_name") if named.get("license") == "other" else named.get("license")
 
 
-def _cached_source(folder: Path) -> Source:
+def cached_source(folder: Path) -> Source:
     """Repository and commit of a folder in the hub's cache (models--org--name/snapshots/commit); else nothing."""
     home = folder.resolve()
     cached = re.fullmatch(r"models--(.+?)--(.+)", home.parent.parent.name)

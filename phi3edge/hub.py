@@ -30,27 +30,29 @@ from huggingface_hub.utils import (
     logging,
 )
 
-from phi3edge import registry
 from phi3edge.checkpoint import (
     CONFIG,
     GENERATION_CONFIG,
     INDEX,
     SINGLE_FILE,
     SMALL_FILES,
-    Progress,
     no_safetensors,
     read_json,
     refuse_foreign_code,
     weight_files,
 )
 from phi3edge.errors import CheckpointError, HubError
+from phi3edge.families import parse_config
+from phi3edge.progress import Told
 from phi3edge.types import Source
 
 WORKERS = 4
 NETWORK_PACKAGES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
 
 
-def pull(repository: str, revision: str | None = None, progress: Progress | None = None) -> tuple[Path, Source]:
+def pull(
+    repository: str, revision: str | None = None, progress: Told | None = None, *, weights: bool = True
+) -> tuple[Path, Source]:
     """Bring a model into the hub's cache, or find it there.
 
     Args:
@@ -58,6 +60,7 @@ def pull(repository: str, revision: str | None = None, progress: Progress | None
         revision: a branch, tag or commit; the main branch if None. A commit that is complete in the cache is not asked
             for again; everything else is, unless HF_HUB_OFFLINE is set.
         progress: told of the bytes of weights as they arrive.
+        weights: fetch the weights too, not only what describes them.
 
     Returns:
         The folder of the snapshot, and a source whose revision is the commit that the revision stands for.
@@ -69,7 +72,7 @@ def pull(repository: str, revision: str | None = None, progress: Progress | None
     if revision is not None and ".." in revision.split("/"):
         raise HubError(f"{revision!r} is not a revision")
     storage = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
-    cached = _cached(storage, revision or "main")
+    cached = _cached(storage, revision or "main", weights)
     if cached and revision == cached.name:
         return cached, Source(repository, cached.name)
     if constants.HF_HUB_OFFLINE:
@@ -82,7 +85,7 @@ def pull(repository: str, revision: str | None = None, progress: Progress | None
     with _plain_errors(repository, revision), _quiet():
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)
         commit, files = str(info.sha), {file.rfilename: file for file in info.siblings or []}
-        folder = _download(storage, repository, commit, files, progress)
+        folder = _download(storage, repository, commit, files, progress, weights)
         _remember(storage, revision or "main", commit)
     return folder, Source(repository, commit)
 
@@ -92,7 +95,8 @@ def _download(
     repository: str,
     commit: str,
     files: dict[str, RepoSibling],
-    progress: Progress | None,
+    progress: Told | None,
+    weights: bool,
 ) -> Path:
     """Small files first, then, if they describe a model that can be exported, the weights."""
     if CONFIG not in files:
@@ -106,6 +110,8 @@ def _download(
     small = [link(name) for name in SMALL_FILES if name in files]
     folder = small[0].parent
     _refuse_what_cannot_be_exported(folder, repository)
+    if not weights:
+        return folder
     names, _ = weight_files(read_json(folder, INDEX) if INDEX in files else None)
     if missing := [name for name in names if name not in files]:
         raise CheckpointError(f"{INDEX} of {repository} names {missing[0]}, which is not there")
@@ -152,10 +158,16 @@ def _fetch_blob(storage: Path, url: str, sha256: str, size: int, advance: Callab
             return
         with part.open("ab") as file:
             if file.tell() > size:
-                file.truncate(0)
+                file.seek(0)
+                file.truncate()
             headers = build_hf_headers(library_name="phi3edge")
             target: Any = _Watched(file, advance)
-            http_get(url, target, resume_size=file.tell(), headers=headers, expected_size=size)
+            while (start := file.tell()) < size:
+                try:
+                    http_get(url, target, resume_size=start, headers=headers, expected_size=size)
+                except Exception as error:
+                    if not _is_network(error) or file.tell() <= start:
+                        raise
         if (found := _sha256(part)) != sha256:
             part.unlink()
             raise HubError(f"{url} arrived damaged: sha256 {found[:12]}, expected {sha256[:12]}", "pull it again")
@@ -181,7 +193,7 @@ def _refuse_what_cannot_be_exported(folder: Path, repository: str) -> None:
     config = read_json(folder, CONFIG)
     refuse_foreign_code(config)
     generation = read_json(folder, GENERATION_CONFIG) if (folder / GENERATION_CONFIG).exists() else None
-    registry.load("families", config["model_type"]).parse(config, generation, repository.rsplit("/", 1)[-1])
+    parse_config(config, generation, repository.rsplit("/", 1)[-1])
 
 
 def _check_space(storage: Path, repository: str, files: list[RepoSibling]) -> None:
@@ -198,13 +210,15 @@ def _check_space(storage: Path, repository: str, files: list[RepoSibling]) -> No
         )
 
 
-def _cached(storage: Path, revision: str) -> Path | None:
-    """The snapshot of a revision as the cache knows it, if its config and all its weights are there."""
+def _cached(storage: Path, revision: str, weights: bool) -> Path | None:
+    """The snapshot of a revision as the cache knows it, if its config and (if asked for) all its weights are there."""
     ref = storage / "refs" / revision
     commit = revision if re.fullmatch(r"[0-9a-f]{40}", revision) else ref.read_text() if ref.is_file() else None
     folder = storage / "snapshots" / (commit or "none")
     if not (folder / CONFIG).exists():
         return None
+    if not weights:
+        return folder
     names, _ = weight_files(read_json(folder, INDEX) if (folder / INDEX).exists() else None)
     return folder if all((folder / name).exists() for name in names) else None
 
@@ -249,9 +263,17 @@ def _plain_errors(repository: str, revision: str | None) -> Iterator[None]:
             raise HubError(f"cannot write {error.filename}: {error.strerror}", hint) from error
         raise HubError(f"the connection to {endpoint} failed: {_line(error)}", again) from error
     except Exception as error:
-        if type(error).__module__.split(".")[0] not in NETWORK_PACKAGES:
+        if not _is_network(error):
             raise
         raise HubError(f"the connection to {endpoint} failed: {_line(error)}", again) from error
+
+
+def _is_network(error: Exception) -> bool:
+    """A connection that could not be made, or broke: an error of the HTTP library, or one without a system's number."""
+    if isinstance(error, errors.HfHubHTTPError):
+        return False
+    library = type(error).__module__.split(".")[0] in NETWORK_PACKAGES
+    return library or (isinstance(error, OSError) and error.errno is None)
 
 
 @contextmanager

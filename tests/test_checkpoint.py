@@ -27,9 +27,10 @@ from _models import (
 )
 from safetensors.torch import load_file, save_file
 
-from phi3edge.checkpoint import Checkpoint, open_checkpoint, resolve
+from phi3edge.checkpoint import Checkpoint, open_checkpoint
 from phi3edge.errors import CheckpointError, Phi3EdgeError, UnsupportedError
 from phi3edge.families.phi3 import parse
+from phi3edge.sources import resolve
 from phi3edge.types import ModelSpec, Source
 
 QKV = "model.layers.1.self_attn.qkv_proj.weight"
@@ -529,7 +530,7 @@ def test_names_that_are_not_checkpoints(single: Path, tmp_path: Path, monkeypatc
         ("singel", "no checkpoint 'singel'", "'./single'"),
         ("./nothing", r"no folder \./nothing", ""),
         ("/no/such/folder", "no folder /no/such/folder", ""),
-        (str(single / "config.json"), "is not a folder", "name the folder"),
+        (str(single / "config.json"), "is a file", "name the folder"),
     ):
         with pytest.raises(Phi3EdgeError, match=message) as caught:
             resolve(name)

@@ -12,12 +12,13 @@ from _hub_server import COMMIT, Hub, serve
 from _models import Shape, phi3_config, write_model
 
 PULL = """
-import json, shutil, sys
+import json, shutil, sys, time
 from collections import namedtuple
 import huggingface_hub.constants
-from phi3edge.checkpoint import resolve
+from phi3edge.sources import resolve
 from phi3edge.errors import Phi3EdgeError
 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 50_000  # 10 MB otherwise: more than the files of these tests
+time.sleep = lambda seconds: None  # between retries
 if sys.argv[2] != "-":
     shutil.disk_usage = lambda path: namedtuple("Usage", "total used free")(0, 0, int(sys.argv[2]))
 told = []
@@ -40,15 +41,19 @@ class Client:
     def __init__(self, home: Path, url: str) -> None:
         self.home, self.url = home, url
 
-    def pull(self, name: str, free: int | None = None, **env: str) -> dict[str, Any]:
-        """Resolve a name in a new process; `free` is what it is told of the disk."""
+    def run(self, code: str, *arguments: str, **env: str) -> str:
+        """What a piece of Python prints in a new process."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
         settings = {"HF_HOME": str(self.home), "HF_ENDPOINT": self.url, "NO_PROXY": "*", "no_proxy": "*"}
-        command = [sys.executable, "-c", PULL, name, "-" if free is None else str(free)]
+        command = [sys.executable, "-c", code, *arguments]
         done = subprocess.run(command, env=kept | settings | env, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""  # neither bars nor warnings of the libraries below
-        result = json.loads(done.stdout)
+        return done.stdout.strip()
+
+    def pull(self, name: str, free: int | None = None, **env: str) -> dict[str, Any]:
+        """Resolve a name in a new process; `free` is what it is told of the disk."""
+        result = json.loads(self.run(PULL, name, "-" if free is None else str(free), **env))
         assert "\n" not in result.get("message", "")
         return result
 
@@ -110,7 +115,7 @@ def test_the_revision_is_resolved_to_a_commit(hub: Hub, client: Client, revision
 def test_a_broken_connection_is_taken_up_where_it_broke(hub: Hub, client: Client) -> None:
     hub.break_after = [100_000]
     assert client.pull("org/tiny")["revision"] == COMMIT
-    assert hub.ranges() == ["bytes=100000-"]
+    assert hub.ranges() in (["bytes=50000-"], ["bytes=100000-"])
 
 
 def test_a_pull_that_died_goes_on_in_the_next_process(hub: Hub, client: Client, model: Path) -> None:
@@ -119,12 +124,12 @@ def test_a_pull_that_died_goes_on_in_the_next_process(hub: Hub, client: Client, 
     assert result["error"] == "HubError"
     assert result["message"].startswith(f"the connection to {hub.url} failed")
     assert "run the same command again" in result["hint"]
-    parts = client.partial()
-    assert max(parts.values()) == 100_000
+    kept = max(client.partial().values())
+    assert kept in (50_000, 100_000)
     hub.die_after = None
     hub.asked.clear()
     assert client.pull("org/tiny")["revision"] == COMMIT
-    assert "bytes=100000-" in hub.ranges()
+    assert f"bytes={kept}-" in hub.ranges()
     assert client.partial() == {}
 
 
@@ -147,6 +152,16 @@ def test_offline(hub: Hub, client: Client, model: Path) -> None:
     (Path(pulled["path"]) / min(SHARDS)).unlink()
     assert "is not complete" in client.pull("org/tiny", HF_HUB_OFFLINE="1")["message"]
     assert len(hub.asked) == asked
+
+
+def test_without_weights_only_what_describes_the_model_is_fetched(hub: Hub, client: Client) -> None:
+    code = "import sys; from phi3edge.sources import resolve_spec; print(resolve_spec(sys.argv[1]).layers)"
+    assert client.run(code, "org/tiny") == "1"
+    assert hub.fetched()
+    assert not SHARDS & hub.fetched()
+    assert client.run(code, "org/tiny", HF_HUB_OFFLINE="1") == "1"
+    assert "is not complete" in client.pull("org/tiny", HF_HUB_OFFLINE="1")["message"]
+    assert client.pull("org/tiny")["revision"] == COMMIT
 
 
 def test_no_server(client: Client) -> None:
