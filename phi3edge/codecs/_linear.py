@@ -83,9 +83,12 @@ def dequantize(q: Quantized) -> np.ndarray:
 def _tops(low: int, high: int) -> np.ndarray:
     """Where the search sends the weight of largest magnitude: 10 values around either end of the codes' range.
 
-    Coarse grids gain by clipping it (values beyond the range); on Q8_0's a narrow span around the end is enough.
+    Coarse grids gain by clipping it (values beyond the range); on Q8_0's a narrow span around one end is enough, as
+    the other end's scales are the same but for their sign.
     """
-    span = np.linspace(0.8, 1.3, 10) if high < 127 else np.linspace(0.97, 1.01, 10)
+    if low == -high:
+        return (high * np.linspace(0.97, 1.01, 10)).astype(np.float32)
+    span = np.linspace(0.8, 1.3, 10)
     return np.concatenate([low * span, high * span]).astype(np.float32)
 
 
@@ -115,6 +118,39 @@ def _inverse(scale):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
+def _largest(bits, top):
+    """Bits of each block's largest magnitude, int32 (blocks, 32) to (blocks,).
+
+    Four blocks at a time, since a shorter body would be unrolled before the compiler thinks of vectors.
+    """
+    last = bits.shape[0] - 1
+    for a in range(0, last + 1, 4):
+        b, c, d = min(a + 1, last), min(a + 2, last), min(a + 3, last)
+        top_a = top_b = top_c = top_d = np.int32(0)
+        for j in range(BLOCK):
+            top_a = max(top_a, np.int32(bits[a, j] & _MAGNITUDE))
+            top_b = max(top_b, np.int32(bits[b, j] & _MAGNITUDE))
+            top_c = max(top_c, np.int32(bits[c, j] & _MAGNITUDE))
+            top_d = max(top_d, np.int32(bits[d, j] & _MAGNITUDE))
+        top[a], top[b], top[c], top[d] = top_a, top_b, top_c, top_d
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _range(bits, low, high):
+    """Each block's least and largest weight, as ordered integers; two blocks at a time."""
+    last = bits.shape[0] - 1
+    for a in range(0, last + 1, 2):
+        b = min(a + 1, last)
+        low_a = low_b = _MAGNITUDE
+        high_a = high_b = np.int32(-0x80000000)
+        for j in range(BLOCK):
+            key_a, key_b = _ordered(bits[a, j]), _ordered(bits[b, j])
+            low_a, high_a = min(low_a, key_a), max(high_a, key_a)
+            low_b, high_b = min(low_b, key_b), max(high_b, key_b)
+        low[a], low[b], high[a], high[b] = low_a, low_b, high_a, high_b
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def round_absmax(weight, codes, scales):
     """Q8_0: scale = max|w| / 127, codes rounded half away from zero.
 
@@ -123,12 +159,10 @@ def round_absmax(weight, codes, scales):
         codes: int8 (blocks, 32), written.
         scales: float32 (blocks,), written, on float16 values.
     """
-    bits = weight.view(np.int32)
+    top = np.empty(weight.shape[0], np.int32)
+    _largest(weight.view(np.int32), top)
     for b in range(weight.shape[0]):
-        top = np.int32(0)
-        for j in range(BLOCK):
-            top = max(top, np.int32(bits[b, j] & _MAGNITUDE))
-        scale = np.float32(_float(top) / np.float32(127))
+        scale = np.float32(_float(top[b]) / np.float32(127))
         inverse = _inverse(scale)
         for j in range(BLOCK):
             value = np.float32(weight[b, j] * inverse)
@@ -150,20 +184,20 @@ def round_signed(weight, codes, scales, half):
         half: 8 for 4 bits, 16 for 5 bits.
     """
     bits = weight.view(np.int32)
+    top = np.empty(weight.shape[0], np.int32)
+    _largest(bits, top)
+    least, most = np.int32(-half), np.int32(2 * half - 1)
     for b in range(weight.shape[0]):
-        top = np.int32(0)
-        for j in range(BLOCK):
-            top = max(top, np.int32(bits[b, j] & _MAGNITUDE))
-        first = np.int32(BLOCK)
-        for j in range(BLOCK):
-            first = min(first, np.int32(j) if np.int32(bits[b, j] & _MAGNITUDE) == top else np.int32(BLOCK))
+        first = 0
+        while np.int32(bits[b, first] & _MAGNITUDE) != top[b]:
+            first += 1
         scale = np.float32(weight[b, first] / np.float32(-half))
         inverse = _inverse(scale)
         # Where the scale is not 0 but its inverse is infinite, the reference stores the code 0, the smallest.
         offset = np.float32(half + 0.5) if inverse != _ZERO or scale == _ZERO else _ZERO
         for j in range(BLOCK):
             code = np.int32(np.float32(np.float32(weight[b, j] * inverse) + offset))
-            codes[b, j] = np.int8(min(code, np.int32(2 * half - 1)) - np.int32(half))
+            codes[b, j] = np.int8(np.int32(min(code, most) + least))
         scales[b] = from_half(to_half(scale))
 
 
@@ -178,20 +212,17 @@ def round_ranged(weight, codes, scales, mins, levels):
         mins: float32 (blocks,), written, on float16 values.
         levels: 16 or 32.
     """
-    bits = weight.view(np.int32)
+    low = np.empty(weight.shape[0], np.int32)
+    high = np.empty(weight.shape[0], np.int32)
+    _range(weight.view(np.int32), low, high)
+    most = np.int32(levels - 1)
     for b in range(weight.shape[0]):
-        low = _MAGNITUDE
-        high = np.int32(-0x80000000)
-        for j in range(BLOCK):
-            key = _ordered(bits[b, j])
-            low = min(low, key)
-            high = max(high, key)
-        minimum = _float(_ordered(low))
-        scale = np.float32(np.float32(_float(_ordered(high)) - minimum) / np.float32(levels - 1))
+        minimum = _float(_ordered(low[b]))
+        scale = np.float32(np.float32(_float(_ordered(high[b])) - minimum) / np.float32(levels - 1))
         inverse = _inverse(scale)
         for j in range(BLOCK):
             code = np.int32(np.float32(np.float32(np.float32(weight[b, j] - minimum) * inverse) + _HALF))
-            codes[b, j] = np.uint8(min(code, np.int32(levels - 1)))
+            codes[b, j] = np.uint8(min(code, most))
         scales[b] = from_half(to_half(scale))
         mins[b] = from_half(to_half(minimum))
 
