@@ -64,7 +64,8 @@ def load(kind: str, name: str, schema: type[M]) -> tuple[str, M]:
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             raise ConfigError(f"{path.name}: unknown key {where!r}", _nearest_key(schema, first["loc"])) from None
-        raise ConfigError(f"{path.name}: {where}: {first['msg']}; got {first.get('input')!r}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{path.name}: {where}: {message}; got {first.get('input')!r}") from None
 
 
 def _nearest_key(schema: type[BaseModel], where: tuple[int | str, ...]) -> str | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from phi3edge import __version__, checkpoint, manifest, recipes
+from phi3edge import __version__, manifest, recipes
 from phi3edge.checkpoint import SMALL_FILES
 from phi3edge.emitters import gguf
 from phi3edge.errors import MissingExtraError, OutputError, UnsupportedError
@@ -23,6 +23,7 @@ from phi3edge.progress import Stages, reporting, silent
 from phi3edge.quantize import quantize
 from phi3edge.recipes import Recipe, load_recipe
 from phi3edge.registry import names
+from phi3edge.sources import resolve, resolve_spec
 from phi3edge.targets import Format, Target, load_target
 from phi3edge.tokenizer import load_tokenizer
 from phi3edge.types import JSON, ModelSpec, QuantPlan, Source
@@ -73,8 +74,7 @@ def prepare(
     Raises:
         Phi3EdgeError: an unknown name, a config that is not supported, a format that the target does not take.
     """
-    config, generation_config, model_name = checkpoint.resolve_config(name)
-    return prepare_spec(parse_config(config, generation_config, model_name), target, recipe, context, format_)
+    return prepare_spec(resolve_spec(name), target, recipe, context, format_)
 
 
 def prepare_spec(
@@ -127,7 +127,7 @@ def export(
     """
     require_quantizers()
     with reporting(stages) as report:
-        source = checkpoint.resolve(name, report)
+        source = resolve(name, report)
     with source:
         spec = parse_config(source.config, source.generation_config, source.name)
         source.check(spec)

@@ -161,7 +161,7 @@ def test_shipped_files_are_consistent():
     ("change", "says"),
     [
         ('linaer = "q4_0"', "linaer"),
-        ('linear = "q4_9"', "q4_0"),
+        ('linear = "q4_9"', "q4_9"),
         ('norm = "q4_0"', "norm"),
     ],
 )

@@ -63,7 +63,7 @@ def run(
     """Validate, show the table unless `quiet`, and write report.json if the artifact is in a folder of ours."""
     from phi3edge import report as reports
     from phi3edge import validate as validation
-    from phi3edge.checkpoint import resolve
+    from phi3edge.sources import resolve
     from phi3edge.text import read_text
 
     folder = artifact if artifact.is_dir() else artifact.parent
