@@ -215,7 +215,7 @@ class Checkpoint:
             if not (spec.tied and name == HEAD):
                 raise CheckpointError(
                     f"unknown tensor {name!r} of shape {self._entries[name].shape}: no part of a {spec.family} model",
-                    registry.did_you_mean(name, list(expected)) if len(expected) < 1000 else None,
+                    "the layout must be the original one, with its names and fused tensors; adapters are merged first",
                 )
             self._check_tied_head()
         self._check_dtypes(tuple(expected))
@@ -305,7 +305,7 @@ class Checkpoint:
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self._entries:
-            raise CheckpointError(f"no tensor {name!r} in {self.path}", registry.did_you_mean(name, self.names))
+            raise CheckpointError(f"no tensor {name!r} in {self.path}")
         return self._entries[name]
 
     def _float_format(self, name: str) -> FloatFormat:
