@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import struct
 import tempfile
@@ -224,6 +225,8 @@ def _check_memory(checkpoint: Path) -> None:
 
 
 def _transformers() -> Any:
+    # before torch loads OpenMP: threads that spin while they wait slow it several times on a busy machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         import torch  # noqa: F401
         import transformers

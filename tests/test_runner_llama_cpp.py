@@ -3,6 +3,7 @@ import signal
 import sys
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from _models import GROUPED, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from phi3edge.errors import MissingExtraError, RunnerError, UsageError
-from phi3edge.runners import llama_cpp
+from phi3edge.runners import _tiny_gguf, llama_cpp
 
 THREADS = 1  # two would wait for each other on a busy machine
 
@@ -120,6 +121,23 @@ def test_a_wrong_request_is_an_error_and_the_runner_goes_on(runner) -> None:
     with pytest.raises(RunnerError, match="1100 tokens do not fit into a context of 1024"):
         runner.logits(np.zeros(1100, int))
     assert runner.tokenize("the", special=True, bos=False)
+
+
+def test_probe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = llama_cpp.probe()
+    assert found["version"].startswith("llama-cpp-python 0.")
+    assert found["threads"] >= 1
+    monkeypatch.setattr(llama_cpp.Runner, "logits", lambda *_: np.array([[1.0, np.nan]]))
+    with pytest.raises(RunnerError, match="NaN"):
+        llama_cpp.probe()
+
+
+def test_the_tiny_model_is_a_gguf_that_others_read(tmp_path: Path) -> None:
+    _tiny_gguf.write(tmp_path / "tiny.gguf")
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors}
+    weight = gguf.quants.dequantize(tensors["blk.0.attn_qkv.weight"].data, gguf.GGMLQuantizationType.Q4_0)
+    assert weight.shape == (768, 256)
+    assert weight.std() == pytest.approx(0.046, rel=0.05)
 
 
 def test_vocabulary_only(artifact: Path, runner) -> None:

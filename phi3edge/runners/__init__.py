@@ -1,8 +1,8 @@
 """Runtimes that execute an artifact: one file each, found by its name, each run in a process of its own.
 
-A runner's file has `accepts(artifact)`, `files(artifact)`, `open(artifact, ...)`, which returns a `Runner`, and the
-class `Session`, which `_child.py` makes in the child process and whose methods answer the calls made here. So the death
-of a native library ends a child, and is an error of one line here.
+A runner's file has `accepts(artifact)`, `files(artifact)`, `probe()`, `open(artifact, ...)`, which returns a `Runner`,
+and the class `Session`, which `_child.py` makes in the child process and whose methods answer the calls made here. So
+the death of a native library ends a child, and is an error of one line here.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from phi3edge.errors import MissingExtraError, RunnerError, UsageError
-from phi3edge.runners import Runner
+from phi3edge.runners import Runner, _tiny_gguf
 
 RUNTIME = "llama.cpp"
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}  # ggml's numbers of the types a KV cache can have
@@ -82,6 +83,44 @@ def open(
         "vocab_only": vocab_only,
     }
     return Runner("llama_cpp", RUNTIME, artifact, options, timeout)
+
+
+def probe() -> dict[str, Any]:
+    """Runs a tiny quantized model: some builds start, and crash at the first token.
+
+    Returns:
+        version, threads and workaround (or None).
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+        RunnerError: it does not start, crashes, hangs, or computes no numbers.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tiny.gguf"
+        _tiny_gguf.write(path)
+        with open(path, context=64, timeout=60) as runner:
+            if not np.isfinite(runner.logits(np.arange(48))).all():
+                raise RunnerError(f"{RUNTIME} computes NaN or infinite logits from finite weights")
+            return {key: runner.info()[key] for key in ("version", "threads", "workaround")}
+
+
+def probe(timeout: float = 60) -> dict[str, Any]:
+    """Run a tiny quantized model: on some machines llama.cpp loads a model and then dies computing.
+
+    Returns:
+        The runtime's version, and the workaround that this machine needs, if any.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+        RunnerError: it does not start, dies, or computes what is not a number.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tiny.gguf"
+        write_tiny_gguf(path)
+        with open(path, context=256, timeout=timeout) as runner:
+            if not np.isfinite(runner.logits(np.arange(3, 203))).all():
+                raise RunnerError("llama.cpp computes logits that are not finite", "reinstall llama-cpp-python")
+            return {key: runner.info()[key] for key in ("version", "workaround")}
 
 
 def _usable_cores() -> int:
