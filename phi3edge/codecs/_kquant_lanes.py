@@ -9,6 +9,9 @@ LANES = 64
 MAGIC = np.float32(12582912.0)
 """1.5 * 2**23: adding and then subtracting it rounds a float32 below 2**22 to the nearest integer, ties to even."""
 
+BEYOND_ROUNDING = np.float32(1 + 2.0**-21)
+"""How much better a guess must be to replace an earlier one, so that equal sub-blocks get equal scales."""
+
 _ZERO = np.float32(0)
 _HALF_MAX = np.float32(65504)
 

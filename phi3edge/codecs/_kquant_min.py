@@ -10,14 +10,14 @@ lanes lies in one flat table (slot k of lane i is table[k + i]): fixed distances
 overlap.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 
 from phi3edge.codecs._blocks import column_weights, whole_blocks
 from phi3edge.codecs._kquant_bytes import SUPER
-from phi3edge.codecs._kquant_lanes import LANES, MAGIC, gather, half, half_up, jit
+from phi3edge.codecs._kquant_lanes import BEYOND_ROUNDING, LANES, MAGIC, gather, half, half_up, jit
 from phi3edge.types import Quantized
+
+Clips = tuple[tuple[float, float], ...]
 
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
@@ -35,20 +35,8 @@ _D, _DMIN, _S, _M, _ERROR = 15 * LANES, 16 * LANES, 17 * LANES, 18 * LANES, 19 *
 _BEST_D, _BEST_DMIN, _BEST_S, _BEST_M, _BEST_ERROR = 20 * LANES, 21 * LANES, 22 * LANES, 23 * LANES, 24 * LANES
 _SLOTS = 25
 
-
-class Search(NamedTuple):
-    """How hard `fit` looks.
-
-    Attributes:
-        clips: float32 (candidates, 2), the first guesses for a sub-block: steps that are cut off at the top and at the
-            bottom of its range (a negative number widens the range).
-        refinements: how often the best guess is rounded and fitted again.
-        rounds: how often codes, stored scales and super-scales are fitted to each other.
-    """
-
-    clips: np.ndarray
-    refinements: int
-    rounds: int
+_REFINEMENTS = 1  # how often the best guess for a sub-block is rounded and fitted again
+_ROUNDS = 2  # how often codes, stored scales and super-scales are fitted to each other
 
 
 @jit
@@ -113,7 +101,7 @@ def _solve(table):
         sum_w, sum_x = table[_SUM_W + lane], table[_SUM_X + lane]
         sum_c, sum_cc, sum_xc = table[_SUM_C + lane], table[_SUM_CC + lane], table[_SUM_XC + lane]
         determinant = sum_w * sum_cc - sum_c * sum_c
-        free = determinant > np.float32(1e-6) * sum_w * sum_cc
+        free = determinant > np.float32(1e-5) * sum_w * sum_cc
         scale = (sum_w * sum_xc - sum_c * sum_x) / determinant
         minimum = (sum_c * sum_xc - sum_cc * sum_x) / determinant
         free = free and minimum > _ZERO
@@ -128,7 +116,7 @@ def _solve(table):
 @jit
 def _keep_better_fit(table):
     for lane in range(LANES):
-        better = table[_GAIN + lane] > table[_BEST_GAIN + lane]
+        better = table[_GAIN + lane] > table[_BEST_GAIN + lane] * BEYOND_ROUNDING
         table[_BEST_SCALE + lane] = table[_SCALE + lane] if better else table[_BEST_SCALE + lane]
         table[_BEST_MIN + lane] = table[_MIN + lane] if better else table[_BEST_MIN + lane]
         table[_BEST_GAIN + lane] = table[_GAIN + lane] if better else table[_BEST_GAIN + lane]
@@ -145,8 +133,8 @@ def _round_with(scale, minimum, table):
 
 
 @jit
-def _search(x, w, n, top, clips, refinements, table):
-    """BEST_SCALE and BEST_MIN of each sub-block alone, before they are quantized; `clips`: see Search."""
+def _search(x, w, n, top, clips, table):
+    """BEST_SCALE and BEST_MIN of each sub-block alone, before they are quantized; `clips`: see quantize."""
     for lane in range(LANES):
         # Without any code: the mean is subtracted, or nothing.
         mean = table[_SUM_X + lane] / table[_SUM_W + lane]
@@ -165,7 +153,7 @@ def _search(x, w, n, top, clips, refinements, table):
         _accumulate(x, w, n, top, None, table)
         _solve(table)
         _keep_better_fit(table)
-    for _ in range(refinements):
+    for _ in range(_REFINEMENTS):
         _round_with(_BEST_SCALE, _BEST_MIN, table)
         _accumulate(x, w, n, top, None, table)
         _solve(table)
@@ -274,7 +262,7 @@ def _refit_super(subs, table):
 
 
 @jit
-def fit(weight, importance, n, top, limit, clips, refinements, rounds, scales, mins, super_scales, super_mins):
+def fit(weight, importance, n, top, limit, clips, scales, mins, super_scales, super_mins):
     """The stored scales of every super-block: least (weighted) squared error.
 
     Args:
@@ -283,9 +271,7 @@ def fit(weight, importance, n, top, limit, clips, refinements, rounds, scales, m
         n: weights in a sub-block: 16 or 32.
         top: largest code of a weight, a float.
         limit: largest code of a scale or min, a float.
-        clips: see Search, as for the next two.
-        refinements: an integer.
-        rounds: an integer.
+        clips: float32 (candidates, 2): see quantize.
         scales: uint8 (rows, columns / n), written.
         mins: uint8 (rows, columns / n), written.
         super_scales: float32 (rows, columns / 256), written, on float16 values.
@@ -308,11 +294,11 @@ def fit(weight, importance, n, top, limit, clips, refinements, rounds, scales, m
         if importance is not None:
             for lane in range(count, LANES):
                 table[_SUM_W + lane] = _ONE
-        _search(x, w, n, top, clips, refinements, table)
+        _search(x, w, n, top, clips, table)
         _start_super(subs, limit, table)
         _round_with(_BEST_SCALE, _BEST_MIN, table)
         _accumulate(x, w, n, top, None, table)
-        for _ in range(rounds):
+        for _ in range(_ROUNDS):
             _solve(table)
             _choose_codes(limit, table)
             _round_stored(x, w, n, top, table)
@@ -368,7 +354,7 @@ def _expand(codes, scales, mins, super_scales, super_mins, n, weight):
 
 
 def quantize(
-    codec: str, weight: np.ndarray, importance: np.ndarray | None, n: int, bits: int, scale_bits: int, search: Search
+    codec: str, weight: np.ndarray, importance: np.ndarray | None, n: int, bits: int, scale_bits: int, clips: Clips
 ) -> Quantized:
     """Fits the scales of every super-block and rounds: the `quantize` of the codecs with a minimum.
 
@@ -379,7 +365,8 @@ def quantize(
         n: weights in a sub-block.
         bits: of a code.
         scale_bits: of a scale or min code.
-        search: how hard to look.
+        clips: the first guesses for a sub-block: pairs of the steps that are cut off at the top and at the bottom of
+            its range (a negative number widens the range).
 
     Raises:
         UnsupportedError: rows that are not whole super-blocks, or an importance that does not fit them.
@@ -394,8 +381,7 @@ def quantize(
     codes = np.empty((rows, columns), np.uint8)
     top, limit = np.float32(2**bits - 1), np.float32(2**scale_bits - 1)
     fit(
-        weight, importance, n, top, limit, search.clips, search.refinements, search.rounds,
-        scales, mins, super_scales, super_mins,
+        weight, importance, n, top, limit, np.array(clips, np.float32), scales, mins, super_scales, super_mins,
     )  # fmt: skip
     round_codes(weight, scales, mins, super_scales, super_mins, n, top, codes)
     return Quantized(codec, codes, scales, mins, super_scales, super_mins)
@@ -406,7 +392,3 @@ def dequantize(q: Quantized, n: int) -> np.ndarray:
     weight = np.empty(q.codes.shape, np.float32)
     _expand(q.codes, q.scales, q.mins, q.super_scales, q.super_mins, n, weight)
     return weight
-
-
-_GRID = np.array([(a, b) for a in (-1.0, -0.5, 0.0, 0.5) for b in (0.0, 0.5)], np.float32)
-SEARCH = {"q4_k": Search(_GRID, 2, 2), "q5_k": Search(_GRID, 2, 2), "q2_k": Search(_GRID, 2, 2)}

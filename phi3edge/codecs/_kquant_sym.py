@@ -7,13 +7,11 @@ super-block stores one float16 number d; weight = d * scale * code, with code in
 See _kquant_min for how the search uses lanes and a flat table.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 
 from phi3edge.codecs._blocks import column_weights, whole_blocks
 from phi3edge.codecs._kquant_bytes import SUPER
-from phi3edge.codecs._kquant_lanes import LANES, MAGIC, gather, half, half_up, jit
+from phi3edge.codecs._kquant_lanes import BEYOND_ROUNDING, LANES, MAGIC, gather, half, half_up, jit
 from phi3edge.types import Quantized
 
 N = 16
@@ -32,20 +30,8 @@ _D, _S, _SCALE, _ERROR = 6 * LANES, 7 * LANES, 8 * LANES, 9 * LANES
 _BEST_D, _BEST_S, _BEST_ERROR = 10 * LANES, 11 * LANES, 12 * LANES
 _SLOTS = 13
 
-
-class Search(NamedTuple):
-    """How hard `fit` looks.
-
-    Attributes:
-        targets: float32 (candidates,), the first guesses for a sub-block: the code, before rounding, to which its
-            weight of largest magnitude is mapped.
-        refinements: how often the best guess is rounded and fitted again.
-        rounds: how often codes, stored scales and super-scales are fitted to each other.
-    """
-
-    targets: np.ndarray
-    refinements: int
-    rounds: int
+_REFINEMENTS = 1  # how often the best guess for a sub-block is rounded and fitted again
+_ROUNDS = 2  # how often codes, stored scales and super-scales are fitted to each other
 
 
 @jit
@@ -97,24 +83,24 @@ def _keep_better_fit(table):
     for lane in range(LANES):
         sum_cc, sum_xc = table[_SUM_CC + lane], table[_SUM_XC + lane]
         scale = sum_xc / sum_cc if sum_cc > _ZERO else _ZERO
-        better = scale * sum_xc > table[_BEST_GAIN + lane]
+        better = scale * sum_xc > table[_BEST_GAIN + lane] * BEYOND_ROUNDING
         table[_BEST_GAIN + lane] = scale * sum_xc if better else table[_BEST_GAIN + lane]
         table[_BEST_SCALE + lane] = scale if better else table[_BEST_SCALE + lane]
 
 
 @jit
-def _search(x, w, top, targets, refinements, table):
-    """BEST_SCALE of each sub-block alone, before it is quantized; `targets`: see Search."""
+def _search(x, w, top, peaks, table):
+    """BEST_SCALE of each sub-block alone, before it is quantized; `peaks`: see quantize."""
     for lane in range(LANES):
         table[_BEST_SCALE + lane] = _ZERO
         table[_BEST_GAIN + lane] = _ZERO
-    for target in targets:
+    for target in peaks:
         for lane in range(LANES):
             peak = table[_PEAK + lane]
             table[_INVERSE + lane] = target / peak if peak != _ZERO else _ZERO
         _accumulate(x, w, top, None, table)
         _keep_better_fit(table)
-    for _ in range(refinements):
+    for _ in range(_REFINEMENTS):
         _round_with_best(table)
         _accumulate(x, w, top, None, table)
         _keep_better_fit(table)
@@ -194,7 +180,7 @@ def _refit_super(table):
 
 
 @jit
-def fit(weight, importance, top, limit, targets, refinements, rounds, scales, super_scales):
+def fit(weight, importance, top, limit, peaks, scales, super_scales):
     """The stored scales of every super-block: least (weighted) squared error.
 
     Args:
@@ -202,9 +188,7 @@ def fit(weight, importance, top, limit, targets, refinements, rounds, scales, su
         importance: float32 (columns,), positive, or None.
         top: codes are in [-top, top - 1]; a float.
         limit: scales are in [-limit, limit - 1]; a float.
-        targets: see Search, as for the next two.
-        refinements: an integer.
-        rounds: an integer.
+        peaks: float32 (candidates,): see quantize.
         scales: int8 (rows, columns / 16), written.
         super_scales: float32 (rows, columns / 256), written, on float16 values.
     """
@@ -219,11 +203,11 @@ def fit(weight, importance, top, limit, targets, refinements, rounds, scales, su
         if importance is not None:
             gather(importance, start * N, count, N, w)
         _find_peak(x, table)
-        _search(x, w, top, targets, refinements, table)
+        _search(x, w, top, peaks, table)
         _start_super(limit, table)
         _round_with_best(table)
         _accumulate(x, w, top, None, table)
-        for _ in range(rounds):
+        for _ in range(_ROUNDS):
             _choose_scales(limit, table)
             _round_stored(x, w, top, table)
             _keep_better_super(table)
@@ -270,7 +254,7 @@ def _expand(codes, scales, super_scales, weight):
 
 
 def quantize(
-    codec: str, weight: np.ndarray, importance: np.ndarray | None, bits: int, scale_bits: int, search: Search
+    codec: str, weight: np.ndarray, importance: np.ndarray | None, bits: int, scale_bits: int, peaks: tuple[float, ...]
 ) -> Quantized:
     """Fits the scales of every super-block and rounds: the `quantize` of the codecs without a minimum.
 
@@ -280,7 +264,7 @@ def quantize(
         importance: float32 (columns,) or None.
         bits: of a code.
         scale_bits: of a scale code.
-        search: how hard to look.
+        peaks: the first guesses for a sub-block: codes, before rounding, of its weight of largest magnitude.
 
     Raises:
         UnsupportedError: rows that are not whole super-blocks, or an importance that does not fit them.
@@ -292,17 +276,7 @@ def quantize(
     super_scales = np.empty((rows, columns // SUPER), np.float32)
     codes = np.empty((rows, columns), np.int8)
     top, limit = np.float32(2 ** (bits - 1)), np.float32(2 ** (scale_bits - 1))
-    fit(
-        weight,
-        importance,
-        top,
-        limit,
-        search.targets,
-        search.refinements,
-        search.rounds,
-        scales,
-        super_scales,
-    )
+    fit(weight, importance, top, limit, np.array(peaks, np.float32), scales, super_scales)
     round_codes(weight, scales, super_scales, top, codes)
     return Quantized(codec, codes, scales, super_scales=super_scales)
 
@@ -312,13 +286,3 @@ def dequantize(q: Quantized) -> np.ndarray:
     weight = np.empty(q.codes.shape, np.float32)
     _expand(q.codes, q.scales, q.super_scales, weight)
     return weight
-
-
-def _targets(*values: float) -> np.ndarray:
-    return np.array(values, np.float32)
-
-
-SEARCH = {
-    "q3_k": Search(_targets(-4.6, -4.2, -3.8, -3.4, -3.0, 2.7, 3.0, 3.4), 2, 2),
-    "q6_k": Search(_targets(-32.6, -32.2, -31.8, -31.4, -31.0, 30.6), 2, 2),
-}

@@ -21,6 +21,22 @@ BLOCK_BYTES = 84
 GGML_TYPE = 10
 FORMATS = ("gguf",)
 
+# Steps cut off at the top and at the bottom of a sub-block's range (negative: added): the first guesses for its scale.
+_CLIPS = (
+    (0.0, 0.25),
+    (0.0, 0.5),
+    (0.0, 2.0),
+    (0.25, -0.75),
+    (0.25, 0.0),
+    (0.25, 1.5),
+    (0.5, 0.5),
+    (0.5, 1.0),
+    (0.75, 0.0),
+    (1.0, 0.5),
+    (1.5, 0.0),
+    (1.5, 0.5),
+)
+
 
 def quantize(weight: np.ndarray, importance: np.ndarray | None = None) -> Quantized:
     """Rounds float32 (rows, columns) by a least-squares search.
@@ -38,7 +54,7 @@ def quantize(weight: np.ndarray, importance: np.ndarray | None = None) -> Quanti
     """
     from phi3edge.codecs import _kquant_min as kquant
 
-    return kquant.quantize(NAME, weight, importance, n=16, bits=2, scale_bits=4, search=kquant.SEARCH[NAME])
+    return kquant.quantize(NAME, weight, importance, n=16, bits=2, scale_bits=4, clips=_CLIPS)
 
 
 def dequantize(q: Quantized) -> np.ndarray:

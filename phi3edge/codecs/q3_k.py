@@ -23,6 +23,9 @@ BLOCK_BYTES = 110
 GGML_TYPE = 11
 FORMATS = ("gguf",)
 
+# Codes that the weight of largest magnitude is mapped to: the first guesses for the scale of a sub-block.
+_PEAKS = (-5.5, -4.7, -4.3, -3.9, -3.2, -2.9, 4.1, 4.7)
+
 
 def quantize(weight: np.ndarray, importance: np.ndarray | None = None) -> Quantized:
     """Rounds float32 (rows, columns) by a least-squares search.
@@ -40,7 +43,7 @@ def quantize(weight: np.ndarray, importance: np.ndarray | None = None) -> Quanti
     """
     from phi3edge.codecs import _kquant_sym as kquant
 
-    return kquant.quantize(NAME, weight, importance, bits=3, scale_bits=6, search=kquant.SEARCH[NAME])
+    return kquant.quantize(NAME, weight, importance, bits=3, scale_bits=6, peaks=_PEAKS)
 
 
 def dequantize(q: Quantized) -> np.ndarray:

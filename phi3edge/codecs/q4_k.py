@@ -21,6 +21,22 @@ BLOCK_BYTES = 144
 GGML_TYPE = 12
 FORMATS = ("gguf",)
 
+# Steps cut off at the top and at the bottom of a sub-block's range (negative: added): the first guesses for its scale.
+_CLIPS = (
+    (-0.75, -0.75),
+    (-0.75, -0.25),
+    (-0.25, 0.5),
+    (0.0, -1.0),
+    (0.0, -0.25),
+    (0.0, 0.25),
+    (0.25, 0.25),
+    (0.25, 1.75),
+    (0.5, 0.0),
+    (0.5, 1.0),
+    (0.75, -0.25),
+    (1.5, 0.5),
+)
+
 
 def quantize(weight: np.ndarray, importance: np.ndarray | None = None) -> Quantized:
     """Rounds float32 (rows, columns) by a least-squares search.
@@ -38,7 +54,7 @@ def quantize(weight: np.ndarray, importance: np.ndarray | None = None) -> Quanti
     """
     from phi3edge.codecs import _kquant_min as kquant
 
-    return kquant.quantize(NAME, weight, importance, n=32, bits=4, scale_bits=6, search=kquant.SEARCH[NAME])
+    return kquant.quantize(NAME, weight, importance, n=32, bits=4, scale_bits=6, clips=_CLIPS)
 
 
 def dequantize(q: Quantized) -> np.ndarray:

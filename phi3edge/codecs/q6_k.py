@@ -22,6 +22,9 @@ BLOCK_BYTES = 210
 GGML_TYPE = 14
 FORMATS = ("gguf",)
 
+# Codes that the weight of largest magnitude is mapped to: the first guesses for the scale of a sub-block.
+_PEAKS = (-33.4, -32.8, -32.4, -32.0, -31.6, -31.0, -30.0, 29.0)
+
 
 def quantize(weight: np.ndarray, importance: np.ndarray | None = None) -> Quantized:
     """Rounds float32 (rows, columns) by a least-squares search.
@@ -39,7 +42,7 @@ def quantize(weight: np.ndarray, importance: np.ndarray | None = None) -> Quanti
     """
     from phi3edge.codecs import _kquant_sym as kquant
 
-    return kquant.quantize(NAME, weight, importance, bits=6, scale_bits=8, search=kquant.SEARCH[NAME])
+    return kquant.quantize(NAME, weight, importance, bits=6, scale_bits=8, peaks=_PEAKS)
 
 
 def dequantize(q: Quantized) -> np.ndarray:
