@@ -211,17 +211,26 @@ def _prune(root: Path, newest: Path) -> None:
 
 def _check_memory(checkpoint: Path) -> None:
     """Refuses at once what the kernel would kill minutes later; 2-byte weights take twice their file in float32."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    except OSError:
+    free = _free_memory()
+    if free is None:
         return
-    free = 1024 * int(lines["MemAvailable"].split()[0])
-    needed = 2 * sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))
+    config = _config(checkpoint, "config.json")
+    growth = 1 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 2
+    needed = growth * sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))
     if needed > free:
         raise UsageError(
             f"the float32 reference of {checkpoint.name} needs about {size(needed)} of memory, {size(free)} are free",
             "validate on a machine with more memory, or export with --no-validate",
         )
+
+
+def _free_memory() -> int | None:
+    """Bytes that programs can still have, or None where it is not known."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    except OSError:
+        return None
+    return 1024 * int(lines["MemAvailable"].split()[0])
 
 
 def _transformers() -> Any:

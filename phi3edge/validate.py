@@ -278,6 +278,8 @@ def kl_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 def _check_tokens(runner: Runner, tokenizer: Any, eos: tuple[int, ...]) -> Tokens:
     """Compares token ids of fixed strings, of the checkpoint's own special tokens, and of a rendered chat."""
+    from jinja2 import TemplateError
+
     specials = sorted(str(token) for token in tokenizer.get_added_vocab())[:32]
     strings = [*STRINGS, *(f"{token} a{token}\n{token}" for token in specials)]
     pairs = [(s, _ids(tokenizer, s), runner.tokenize(s, special=True, bos=False)) for s in strings]
@@ -291,7 +293,10 @@ def _check_tokens(runner: Runner, tokenizer: Any, eos: tuple[int, ...]) -> Token
             {"role": "user", "content": " And of  Peru? \n"},
         ]
         theirs = _render(tokenizer, chat)
-        ours = _render(tokenizer, chat, template) if template else ""
+        try:
+            ours = _render(tokenizer, chat, template) if template else ""
+        except TemplateError:
+            ours = ""
         pairs.append((theirs, _ids(tokenizer, theirs), runner.tokenize(ours, special=True, bos=False)))
     return Tokens(
         checked=len(pairs),

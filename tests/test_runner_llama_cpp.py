@@ -1,5 +1,6 @@
 import os
 import signal
+import struct
 import sys
 from pathlib import Path
 
@@ -118,6 +119,8 @@ def test_memory_is_the_childs_own(artifact: Path) -> None:
 def test_a_wrong_request_is_an_error_and_the_runner_goes_on(runner) -> None:
     with pytest.raises(RunnerError, match="vocabulary of 320"):
         runner.logits(np.array([1, 320]))
+    with pytest.raises(RunnerError, match="empty prompt"):
+        runner.generate([], 1)
     with pytest.raises(RunnerError, match="1100 tokens do not fit into a context of 1024"):
         runner.logits(np.zeros(1100, int))
     assert runner.tokenize("the", special=True, bos=False)
@@ -155,6 +158,19 @@ def test_a_crash_names_the_signal(artifact: Path) -> None:
             runner.tokenize("the", special=True, bos=False)
         assert "\n" not in error.value.message
         assert error.value.hint
+
+
+def test_an_assertion_of_the_library_is_quoted(tmp_path: Path) -> None:
+    path = tmp_path / "odd.gguf"
+    _tiny_gguf.write(path)
+    data = bytearray(path.read_bytes())
+    value = data.index(b"phi3.rope.dimension_count") + len(b"phi3.rope.dimension_count") + 4
+    data[value : value + 4] = struct.pack("<I", 66)  # more than a head has
+    path.write_bytes(data)
+    with llama_cpp.open(path, context=64, threads=THREADS) as runner:
+        with pytest.raises(RunnerError, match=r"killed by SIGABRT .*\(odd\.gguf\): \w+\.cpp:\d+: GGML_ASSERT") as error:
+            runner.logits(np.arange(8))
+        assert "/" not in error.value.message
 
 
 def test_a_hang_ends_at_the_timeout(artifact: Path) -> None:

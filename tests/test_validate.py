@@ -154,8 +154,10 @@ def test_another_tokenizer_is_found_out(checkpoint: Path, folder: Path) -> None:
     assert repr(wrong.text)[:40] in show(report)
 
 
-def test_another_chat_template_is_found_out(checkpoint: Path, folder: Path) -> None:
-    template = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+@pytest.mark.parametrize(
+    "template", ["{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}", "{% for m in %}"]
+)
+def test_another_chat_template_is_found_out(checkpoint: Path, folder: Path, template: str) -> None:
     report = run(write_gguf(checkpoint, folder / "chat.gguf", template=template), checkpoint)
     (mismatch,) = report.tokens.mismatches
     assert "<|assistant|>\nParis." in mismatch.text
@@ -220,7 +222,8 @@ def test_the_oldest_passes_go_when_they_take_too_much(tmp_path: Path, monkeypatc
 
 
 def test_a_reference_that_does_not_fit(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "MemTotal: 9 kB\nMemAvailable:       100 kB\n")
+    assert reference._free_memory() > 10**6
+    monkeypatch.setattr(reference, "_free_memory", lambda: 102_400)
     with pytest.raises(UsageError, match=r"needs about .* MB of memory, 102 kB are free"):
         reference._check_memory(checkpoint)
 

@@ -28,6 +28,7 @@ from phi3edge.runners._child import receive, send
 # threads that wait for each other sleep: where they spin, a busy machine slows a runtime twenty times
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
 
+_SOURCE_FOLDER = re.compile(r"\S*/(?=[\w.-]+\.(?:c|cc|cpp|cu|h):\d+)")  # where the library was built
 _COMPLAINT = re.compile(r"error|invalid|assert|abort|fail|what\(\)|exception|fatal", re.IGNORECASE)
 
 
@@ -124,7 +125,10 @@ class Runner:
         return self._call("speed", "measuring", prompt_tokens=prompt_tokens, decode_tokens=decode_tokens)
 
     def peak_memory(self) -> int | None:
-        """Highest resident memory of the child so far, mapped weights included, in bytes; None where unknown."""
+        """Highest resident memory of the child so far, in bytes; None where unknown.
+
+        Mapped weights are included, and Python and numpy, which are about 50 MB.
+        """
         return self._call("peak_memory", "measuring")
 
     def _call(self, method: str, doing: str, **arguments: Any) -> Any:
@@ -180,7 +184,8 @@ class Runner:
         """The first line that the native library wrote since `start` that speaks of an error, else its last line."""
         self._log.seek(start)
         lines = [line.strip() for line in self._log.read().decode("utf-8", "replace").splitlines() if line.strip()]
-        return next((line for line in lines if _COMPLAINT.search(line)), lines[-1] if lines else "")[:300]
+        line = next((line for line in lines if _COMPLAINT.search(line)), lines[-1] if lines else "")
+        return _SOURCE_FOLDER.sub("", line)[:300]
 
 
 def _signal_name(number: int) -> str:

@@ -104,25 +104,6 @@ def probe() -> dict[str, Any]:
             return {key: runner.info()[key] for key in ("version", "threads", "workaround")}
 
 
-def probe(timeout: float = 60) -> dict[str, Any]:
-    """Run a tiny quantized model: on some machines llama.cpp loads a model and then dies computing.
-
-    Returns:
-        The runtime's version, and the workaround that this machine needs, if any.
-
-    Raises:
-        MissingExtraError: llama-cpp-python is not installed.
-        RunnerError: it does not start, dies, or computes what is not a number.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tiny.gguf"
-        write_tiny_gguf(path)
-        with open(path, context=256, timeout=timeout) as runner:
-            if not np.isfinite(runner.logits(np.arange(3, 203))).all():
-                raise RunnerError("llama.cpp computes logits that are not finite", "reinstall llama-cpp-python")
-            return {key: runner.info()[key] for key in ("version", "workaround")}
-
-
 def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -206,11 +187,12 @@ class Session:
     def generate(self, ids: list[int], max_tokens: int) -> list[int]:
         """Greedy continuation."""
         self._clear()
-        token = self._prompt(ids)
         out: list[int] = []
-        while len(out) < max_tokens and not self._lib.llama_vocab_is_eog(self._vocabulary, token):
+        while len(out) < max_tokens:
+            token = self._next(out[-1], len(ids) + len(out) - 1) if out else self._prompt(ids)
+            if self._lib.llama_vocab_is_eog(self._vocabulary, token):
+                break
             out.append(token)
-            token = self._next(token, len(ids) + len(out) - 1)
         return out
 
     def tokenize(self, text: str, special: bool, bos: bool) -> list[int]:
@@ -263,6 +245,8 @@ class Session:
 
     def _prompt(self, ids: list[int]) -> int:
         """Evaluates a prompt from an empty context; the most likely next token."""
+        if not ids:
+            raise RunnerError("an empty prompt has no continuation")
         for first in range(0, len(ids), _BATCH):
             batch = ids[first : first + _BATCH]
             rows = self._decode(batch, first, len(batch) - 1)
