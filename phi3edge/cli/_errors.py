@@ -14,7 +14,7 @@ BUG, INTERRUPTED = 101, 130
 def guard(command: Callable[[], object]) -> int:
     """Run a command; print what went wrong in one line, with the next thing to do; return the exit code."""
     try:
-        result = command()
+        command()
     except Phi3EdgeError as error:
         if "--json" in sys.argv:
             print_json({"error": error.message, "hint": error.hint, "exit_code": error.exit_code})
@@ -24,13 +24,14 @@ def guard(command: Callable[[], object]) -> int:
             stderr.print("  [dim]try:[/dim]", end=" ")
             stderr.print(error.hint, markup=False, soft_wrap=True)
         return error.exit_code
-    except KeyboardInterrupt:
-        stderr.print("interrupted; nothing half-written was left behind")
-        return INTERRUPTED
+    except SystemExit as leaving:  # typer's way out, also of Ctrl-C and of its own usage errors
+        if leaving.code == INTERRUPTED:
+            stderr.print("interrupted; nothing half-written was left behind")
+        return leaving.code if isinstance(leaving.code, int) else 0
     except BrokenPipeError:
         return 0
     except Exception:
         stderr.print_exception()
         stderr.print("[bold red]This is a bug in phi3edge.[/bold red] Please report it with the lines above.")
         return BUG
-    return result if isinstance(result, int) else 0
+    return 0

@@ -50,4 +50,4 @@ def _root(
 
 def main() -> None:
     """Entry point of the `phi3edge` script."""
-    sys.exit(guard(lambda: app(standalone_mode=True)))
+    sys.exit(guard(app))

@@ -9,6 +9,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import typer
+
 from phi3edge import __version__, registry
 from phi3edge.cache import cache_dir
 from phi3edge.cli._options import JsonOption
@@ -25,7 +27,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
 """Extra: the packages that it adds, and what they are for."""
 
 
-def doctor(as_json: JsonOption = False) -> int:
+def doctor(as_json: JsonOption = False) -> None:
     """Say what is installed, what a missing extra would add, and whether each runtime really starts.
 
     Each runtime runs a tiny quantized model in a process of its own: on some machines it starts and then crashes.
@@ -40,7 +42,8 @@ def doctor(as_json: JsonOption = False) -> int:
         print_json(found)
     else:
         show(found)
-    return 1 if broken else 0
+    if broken:
+        raise typer.Exit(1)
 
 
 def machine() -> JSON:

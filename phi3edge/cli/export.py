@@ -50,7 +50,7 @@ def export(
     ] = False,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
-) -> int:
+) -> None:
     """Quantize a checkpoint for a target, write the artifact, and prove it against the reference.
 
     Exit code 0: written, and all gates passed; 1: written, but a gate failed; 2: bad usage or input, nothing written.
@@ -99,7 +99,8 @@ def export(
                 "report": report.model_dump(mode="json") if report else None,
             }
         )
-    return 1 if report is not None and not report.passed else 0
+    if report is not None and not report.passed:
+        raise typer.Exit(1)
 
 
 def refuse_what_is_to_come(method: str, format_: str | None, budget: str | None, device: str) -> None:

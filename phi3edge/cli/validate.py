@@ -34,7 +34,7 @@ def validate(
     chunks: ChunksOption = 16,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
-) -> int:
+) -> None:
     """Run an artifact beside its reference: perplexity, KL divergence, tokens, speed, memory; then the target's gates.
 
     Exit code 0: all gates passed; 1: one failed; 2: bad usage or input. The report is also written into the
@@ -48,7 +48,8 @@ def validate(
         from phi3edge.report import to_json
 
         typer.echo(to_json(report), nl=False)
-    return 0 if report.passed else 1
+    if not report.passed:
+        raise typer.Exit(1)
 
 
 def run(

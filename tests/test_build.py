@@ -1,0 +1,193 @@
+"""The main job on small models: from a checkpoint to an artifact that llama.cpp runs, and what must never happen."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from _models import GROUPED, MHA, TIED, Shape, phi3_tensors, write_model, write_weights
+
+from phi3edge import build, manifest
+from phi3edge.build import export, output_folder
+from phi3edge.checkpoint import open_checkpoint
+from phi3edge.errors import CheckpointError, DoesNotFitError, OutputError, Phi3EdgeError, UnsupportedError
+from phi3edge.families import parse_config
+from phi3edge.quantize import quantize
+from phi3edge.recipes import load_recipe, shipped_recipes
+from phi3edge.validate import validate
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("models") / "tiny", MHA)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("recipe", sorted(shipped_recipes()))
+def test_every_recipe_writes_what_the_plan_says(model, tmp_path, recipe):
+    made = export(str(model), "cpu", recipe=recipe, out=tmp_path / "out")
+    reader = gguf.GGUFReader(made.artifact)
+    planned = made.prepared.plan.tensors
+    assert [t.tensor_type.name.lower() for t in reader.tensors] == [t.codec for t in planned]
+    assert [int(t.n_bytes) for t in reader.tensors] == [t.bytes for t in planned]
+    weights = phi3_tensors(MHA)
+    worst = {"f32": 1e-7, "bf16": 1e-7, "f16": 1e-3, "q8_0": 0.01, "q6_k": 0.03}.get(recipe, 0.15)
+    for planned_tensor, t in zip(planned, reader.tensors, strict=True):
+        original = weights[planned_tensor.tensor.name].float().numpy()
+        decoded = gguf.dequantize(t.data, t.tensor_type).reshape(original.shape)
+        assert np.linalg.norm(decoded - original) <= worst * np.linalg.norm(original), planned_tensor.tensor.name
+
+
+@pytest.mark.parametrize("shape", [MHA, GROUPED, TIED, Shape(dtype="float16"), Shape(dtype="float32")], ids=str)
+def test_a_full_precision_artifact_is_the_same_model(tmp_path, shape):
+    model = write_model(tmp_path / "tiny", shape, shards=2)
+    made = export(str(model), "cpu", recipe="f32", out=tmp_path / "out")
+    report = validate(made.artifact, model, chunks=2, gates={"kl_mean": 1e-4}, kv_type="f32", threads=1)
+    assert report.passed
+    assert report.metrics["top1"].value > 0.98
+
+
+def test_the_same_inputs_give_the_same_bytes(model, tmp_path):
+    first = export(str(model), "iphone", out=tmp_path / "a", threads=1)
+    second = export(str(model), "iphone", out=tmp_path / "b", threads=4)
+    assert tree(first.folder) == tree(second.folder)
+
+
+def test_the_manifest_says_what_was_made_from_what(model, tmp_path):
+    made = export(str(model), "iphone", out=tmp_path / "out")
+    said = manifest.read_manifest(made.folder)
+    assert said["target"] == "iphone"
+    assert said["recipe"]["name"] == "q4_k_m"
+    assert said["model"]["licence"] == "mit"
+    assert {f["name"] for f in said["files"]} == {p.name for p in made.files}
+    assert {f["name"] for f in said["inputs"]} >= {"config.json", "tokenizer.json", "model.safetensors"}
+    assert said["inputs"][0]["sha256"] == manifest.sha256(model / said["inputs"][0]["name"])
+    assert manifest.verify(made.folder) == []
+
+
+def test_verify_finds_a_changed_a_short_and_a_missing_file(model, tmp_path):
+    made = export(str(model), "cpu", out=tmp_path / "out")
+    data = made.artifact.read_bytes()
+    made.artifact.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert "sha256" in manifest.verify(made.folder)[0]
+    made.artifact.write_bytes(data[:-1])
+    assert "bytes" in manifest.verify(made.folder)[0]
+    made.artifact.unlink()
+    assert "missing" in manifest.verify(made.folder)[0]
+
+
+def test_a_manifest_that_points_outside_is_refused(model, tmp_path):
+    made = export(str(model), "cpu", out=tmp_path / "out")
+    said = manifest.read_manifest(made.folder)
+    said["files"][0]["name"] = "../secret"
+    (made.folder / manifest.NAME).write_text(json.dumps(said))
+    with pytest.raises(OutputError, match="outside"):
+        manifest.verify(made.folder)
+
+
+def test_a_split_artifact_loads_and_is_the_same_model(model, tmp_path):
+    made = export(str(model), "cpu", recipe="f16", out=tmp_path / "out", split_max_size=1_500_000)
+    assert len(made.files) > 1
+    assert all(p.stat().st_size <= 1_500_000 for p in made.files)
+    report = validate(made.artifact, model, chunks=2, gates={"kl_mean": 1e-3}, threads=1)
+    assert report.passed
+
+
+def test_an_existing_output_needs_force_and_is_replaced_whole(model, tmp_path):
+    out = tmp_path / "out"
+    export(str(model), "cpu", recipe="q8_0", out=out)
+    before = tree(out)
+    with pytest.raises(OutputError, match="exists") as error:
+        export(str(model), "cpu", out=out)
+    assert "--force" in error.value.hint
+    assert tree(out) == before
+    export(str(model), "cpu", recipe="q4_0", out=out, force=True)
+    assert sorted(tree(out)) == [manifest.NAME, "tiny-q4_0.gguf"]
+
+
+def test_a_folder_that_is_not_ours_is_never_replaced(model, tmp_path):
+    out = tmp_path / "photos"
+    out.mkdir()
+    (out / "cat.jpg").write_bytes(b"cat")
+    with pytest.raises(OutputError, match="not written by phi3edge"):
+        export(str(model), "cpu", out=out, force=True)
+    assert tree(out) == {"cat.jpg": b"cat"}
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError(28, os.strerror(28)), CheckpointError("x")])
+def test_an_interrupted_export_leaves_nothing(model, tmp_path, interruption, monkeypatch):
+    def broken(*args):
+        raise interruption
+
+    monkeypatch.setattr(build, "_manifest", broken)
+    with pytest.raises((KeyboardInterrupt, Phi3EdgeError)):
+        export(str(model), "cpu", out=tmp_path / "dist" / "out")
+    assert not list((tmp_path / "dist").iterdir())
+
+
+def test_an_interruption_keeps_what_was_there_before(model, tmp_path):
+    out = tmp_path / "out"
+    export(str(model), "cpu", out=out)
+    before = tree(tmp_path)
+    with pytest.raises(KeyboardInterrupt), output_folder(out, force=True) as partial:
+        (partial / "half").write_bytes(b"x")
+        raise KeyboardInterrupt
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_names_its_tensor_and_leaves_nothing(tmp_path, bad):
+    model = write_model(tmp_path / "tiny", MHA)
+    tensors = phi3_tensors(MHA)
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = bad
+    write_weights(model, tensors)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj"):
+        export(str(model), "cpu", out=tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]
+
+
+def test_what_does_not_fit_is_refused_unless_forced(model, tmp_path):
+    target = tmp_path / "toaster.toml"
+    target.write_text(
+        'summary = "x"\nruntime = "y"\nformats = ["gguf"]\nrecipes = { gguf = "q8_0" }\ncontext = 512\nkv_cache = "f16"\n'
+        '[memory]\ndevice = "1 GB"\napp = "1 MB"\nsource = "z"\n[bandwidth]\ngb_per_s = 1\nsource = "z"\n'
+    )
+    with pytest.raises(DoesNotFitError) as error:
+        export(str(model), str(target), out=tmp_path / "out")
+    assert "--force" in error.value.hint
+    assert not (tmp_path / "out").exists()
+    assert export(str(model), str(target), out=tmp_path / "out", force=True).artifact.is_file()
+
+
+def test_a_format_that_is_not_written_is_refused(model, tmp_path):
+    with pytest.raises(UnsupportedError, match="onnx"):
+        export(str(model), "directml", out=tmp_path / "out")
+
+
+def test_every_tensor_is_read_exactly_once(model):
+    with open_checkpoint(model) as source:
+        spec = parse_config(source.config, source.generation_config, "tiny")
+        plan = build.make_plan(spec, *load_recipe("q4_0"))
+        with source.each_read_once(spec):
+            for t, rows in quantize(source, plan, 2):
+                assert sum(r.nbytes for r in rows) == t.bytes
+        part = replace(plan, tensors=plan.tensors[:-1])
+        with pytest.raises(CheckpointError, match="lm_head"), source.each_read_once(spec):
+            for _, rows in quantize(source, part, 2):
+                list(rows)
+
+
+def test_a_split_target_splits_by_itself(model, tmp_path):
+    target = tmp_path / "small-files.toml"
+    shipped = (Path(__file__).parent.parent / "targets" / "android.toml").read_text()
+    target.write_text(shipped.replace('max_bytes = "1.5 GB"', 'max_bytes = "1.5 MB"'))
+    made = export(str(model), str(target), recipe="f16", out=tmp_path / "out")
+    assert made.artifact.name.endswith(f"-00001-of-{len(made.files):05d}.gguf")
+    shutil.rmtree(made.folder)

@@ -1,0 +1,225 @@
+"""The command line as a user meets it: real processes, exit codes, what goes to stdout and what to stderr."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from _models import MHA, write_model
+
+from phi3edge import cli, registry
+from phi3edge.cli import app as app_module
+from phi3edge.cli._errors import BUG, guard
+from phi3edge.errors import GateError, UsageError
+
+HEAVY = ("torch", "transformers", "numba", "onnx", "onnxruntime", "llama_cpp", "huggingface_hub", "sentencepiece")
+
+
+def run(*arguments, cwd=None, **environment):
+    command = [sys.executable, "-m", "phi3edge", *map(str, arguments)]
+    env = {**os.environ, "COLUMNS": "160", **environment}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("models") / "tiny", MHA)
+
+
+@pytest.fixture(scope="module")
+def exported(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("dist") / "tiny-cpu"
+    done = run("export", model, "--target", "cpu", "--recipe", "q8_0", "--out", out, "--chunks", 2, "--threads", 1, "--json")
+    return out, done
+
+
+def test_export_writes_runs_and_reports(exported):
+    out, done = exported
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["folder"] == str(out)
+    assert said["report"]["passed"] is True
+    assert said["plan"]["recipe"] == "q8_0"
+    assert sorted(p.name for p in out.iterdir()) == ["phi3edge.json", "report.json", "tiny-q8_0.gguf"]
+    assert json.loads((out / "report.json").read_text()) == said["report"]
+
+
+def test_validate_finds_checkpoint_and_target_in_the_manifest(exported):
+    out, _ = exported
+    done = run("validate", out, "--chunks", 2, "--threads", 1)
+    assert done.returncode == 0, done.stderr
+    assert "passed" in done.stdout
+    assert "perplexity" in done.stdout
+
+
+def test_a_failed_gate_is_exit_code_1(exported, model, tmp_path):
+    out, _ = exported
+    target = tmp_path / "strict.toml"
+    target.write_text(
+        'summary = "x"\nruntime = "y"\nformats = ["gguf"]\nrecipes = { gguf = "q8_0" }\ncontext = 512\nkv_cache = "f16"\n'
+        '[memory]\ndevice = "1 GB"\napp = "1 GB"\nsource = "z"\n[bandwidth]\ngb_per_s = 1\nsource = "z"\n'
+        "[gates]\nkl_mean = 1e-9\n"
+    )
+    gguf = out / "tiny-q8_0.gguf"
+    done = run("validate", gguf, "-c", model, "-t", target, "--chunks", 2, "--threads", 1, "--json")
+    assert done.returncode == 1, done.stderr
+    report = json.loads(done.stdout)
+    assert report["passed"] is False
+    assert [g["name"] for g in report["gates"] if not g["passed"]] == ["kl_mean"]
+
+
+def test_verify_inspect_and_a_damaged_file(exported, tmp_path):
+    out, _ = exported
+    assert run("verify", out).returncode == 0
+    said = json.loads(run("inspect", out, "--json").stdout)
+    assert said["architecture"] == "phi3"
+    assert {t["type"] for t in said["types"]} == {"q8_0", "f32"}
+    text = run("inspect", out / "tiny-q8_0.gguf", "--tensors", "--metadata").stdout
+    assert "blk.1.ffn_down.weight" in text
+    assert "tokenizer.ggml.model" in text
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes((out / "tiny-q8_0.gguf").read_bytes()[:5000])
+    done = run("inspect", damaged)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "damaged.gguf" in done.stderr
+
+
+def test_inspect_a_checkpoint(model):
+    said = json.loads(run("inspect", model, "--json").stdout)
+    assert (said["kind"], said["settings"]["layers"]) == ("checkpoint", 2)
+
+
+def test_plan_reads_no_weights(model, tmp_path):
+    only_config = tmp_path / "tiny"
+    only_config.mkdir()
+    (only_config / "config.json").write_text((model / "config.json").read_text())
+    done = run("plan", only_config, "--target", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["fit"]["fits"] is True
+    assert sum(r["bytes"] for r in said["roles"]) == said["weight_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("export", "demoo"), "demo"),
+        (("export", "./nowhere"), "nowhere"),
+        (("export", "demo", "--target", "iphnoe"), "iphone"),
+        (("export", "demo", "--recipe", "q4_km"), "q4_k_m"),
+        (("export", "demo", "--method", "gptq"), "gptq"),
+        (("export", "demo", "--format", "onnx"), "onnx"),
+        (("export", "demo", "--format", "zip"), "zip"),
+        (("export", "demo", "--budget", "1.8GB"), "budget"),
+        (("export", "demo", "--device", "cuda"), "cuda"),
+        (("export", "demo", "--split-max-size", "lots"), "lots"),
+        (("export", "demo", "--target", "directml"), "onnx"),
+        (("export",), "CHECKPOINT"),
+        (("validate", "nowhere.gguf"), "--checkpoint"),
+        (("validate", "nowhere.gguf", "-c", "demo", "-t", "cpu"), "nowhere.gguf"),
+        (("verify", "."), "phi3edge.json"),
+        (("inspect", "nowhere"), "nowhere"),
+        (("plan", "demo", "--context", "0"), "context"),
+        (("nonsense",), "nonsense"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_bad_usage_is_exit_code_2_with_one_clear_line_and_nothing_written(arguments, says, tmp_path):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stdout == ""
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_is_json_too(tmp_path):
+    done = run("export", "demo", "--target", "iphnoe", "--json", cwd=tmp_path)
+    assert done.returncode == 2
+    said = json.loads(done.stdout)
+    assert "iphnoe" in said["error"]
+    assert "iphone" in said["hint"]
+
+
+@pytest.mark.parametrize("command", ["targets", "recipes"])
+def test_listings(command):
+    names = set(json.loads(run(command, "--json").stdout))
+    assert names == {p.stem for p in (registry.Path(cli.__file__).parents[2] / command).glob("*.toml")}
+    text = run(command).stdout
+    assert all(name in text for name in names)
+
+
+def test_doctor_runs_the_runtime():
+    done = run("doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert [(r["runtime"], r["runs"]) for r in said["runtimes"]] == [("llama_cpp", True)]
+    assert all(extra["installed"] for extra in said["extras"])
+
+
+def test_doctor_names_the_command_for_a_missing_extra(monkeypatch):
+    from phi3edge.cli import doctor
+
+    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    missing = doctor.extras()
+    assert all(not e["installed"] for e in missing)
+    assert all(re.search(rf"pip install 'phi3edge\[{e['extra']}\]'", e["command"]) for e in missing)
+
+
+def test_light_commands_load_nothing_heavy(model, tmp_path):
+    """Each heavy package is replaced by one that fails when it is imported."""
+    for name in HEAVY:
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} was imported')")
+    for arguments in (("--help",), ("targets",), ("recipes",), ("plan", model), ("inspect", model), ("--version",)):
+        done = run(*arguments, PYTHONPATH=str(tmp_path))
+        assert done.returncode == 0, (arguments, done.stderr)
+
+
+def test_export_without_the_quantizers_names_the_extra(model, tmp_path):
+    (tmp_path / "numba.py").write_text("raise ImportError")
+    done = run("export", model, "--out", tmp_path / "out", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    assert "phi3edge[gguf]" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_leaves_nothing_and_says_so(demo, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "phi3edge", "export", "demo", "--out", tmp_path / "out", "--no-validate"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "interrupted" in stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_exit_codes_of_the_guard(capsys):
+    def raising(error):
+        def command():
+            raise error
+
+        return guard(command)
+
+    assert raising(UsageError("bad", "do better")) == 2
+    assert raising(GateError("missed")) == 1
+    assert raising(SystemExit(130)) == 130
+    assert raising(SystemExit(2)) == 2
+    assert raising(ZeroDivisionError()) == BUG == 101
+    assert "bug" in capsys.readouterr().err
+    assert guard(lambda: None) == 0
+
+
+def test_every_command_shows_an_example():
+    for command in app_module.app.registered_commands:
+        text = command.callback.__doc__
+        assert "phi3edge" in text.split("Example", 1)[1], command.name
