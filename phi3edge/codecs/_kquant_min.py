@@ -96,7 +96,7 @@ def _accumulate(x, w, n, top, measure, table):
 
 @jit
 def _solve(table):
-    """The scale and min (at most 0 is subtracted) that fit the codes best, by least squares; GAIN is what they save."""
+    """The scale and min (subtracted, never negative) that fit the codes best by least squares; GAIN: what they save."""
     for lane in range(LANES):
         sum_w, sum_x = table[_SUM_W + lane], table[_SUM_X + lane]
         sum_c, sum_cc, sum_xc = table[_SUM_C + lane], table[_SUM_CC + lane], table[_SUM_XC + lane]
@@ -162,7 +162,7 @@ def _search(x, w, n, top, clips, table):
 
 @jit
 def _start_super(subs, limit, table):
-    """D and DMIN so that the largest scale and min of each super-block get the code `limit`."""
+    """D and DMIN so that the largest scale and min of a super-block get the code `limit`; zeros as the best so far."""
     for first in range(0, LANES, subs):
         scale = _ZERO
         minimum = _ZERO
@@ -174,7 +174,11 @@ def _start_super(subs, limit, table):
         for lane in range(first, first + subs):
             table[_D + lane] = d
             table[_DMIN + lane] = dmin
-            table[_BEST_ERROR + lane] = np.float32(np.inf)
+            table[_BEST_D + lane] = _ZERO
+            table[_BEST_DMIN + lane] = _ZERO
+            table[_BEST_S + lane] = _ZERO
+            table[_BEST_M + lane] = _ZERO
+        table[_BEST_ERROR + first] = np.float32(np.inf)
 
 
 @jit
@@ -380,9 +384,8 @@ def quantize(
     super_mins = np.empty((rows, columns // SUPER), np.float32)
     codes = np.empty((rows, columns), np.uint8)
     top, limit = np.float32(2**bits - 1), np.float32(2**scale_bits - 1)
-    fit(
-        weight, importance, n, top, limit, np.array(clips, np.float32), scales, mins, super_scales, super_mins,
-    )  # fmt: skip
+    guesses = np.array(clips, np.float32)
+    fit(weight, importance, n, top, limit, guesses, scales, mins, super_scales, super_mins)
     round_codes(weight, scales, mins, super_scales, super_mins, n, top, codes)
     return Quantized(codec, codes, scales, mins, super_scales, super_mins)
 

@@ -115,7 +115,7 @@ def _round_with_best(table):
 
 @jit
 def _start_super(limit, table):
-    """D so that the scale of largest magnitude gets the code -limit."""
+    """D so that the scale of largest magnitude gets the code -limit; zeros as the best so far."""
     for first in range(0, LANES, _SUBS):
         largest = _ZERO
         for lane in range(first, first + _SUBS):
@@ -124,7 +124,9 @@ def _start_super(limit, table):
         d = half_up(abs(largest) / limit)
         for lane in range(first, first + _SUBS):
             table[_D + lane] = -d if largest > _ZERO else d
-            table[_BEST_ERROR + lane] = np.float32(np.inf)
+            table[_BEST_D + lane] = _ZERO
+            table[_BEST_S + lane] = _ZERO
+        table[_BEST_ERROR + first] = np.float32(np.inf)
 
 
 @jit

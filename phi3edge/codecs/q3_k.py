@@ -59,6 +59,8 @@ def pack(q: Quantized) -> np.ndarray:
 
     from phi3edge.codecs import _kquant_bytes as fields
 
+    assert q.scales is not None
+    assert q.super_scales is not None
     rows, blocks = q.super_scales.shape
     out = np.empty((rows, blocks, BLOCK_BYTES), np.uint8)
     codes = (q.codes + np.int8(4)).view(np.uint8)

@@ -71,6 +71,10 @@ def pack(q: Quantized) -> np.ndarray:
 
     from phi3edge.codecs import _kquant_bytes as fields
 
+    assert q.scales is not None
+    assert q.mins is not None
+    assert q.super_scales is not None
+    assert q.super_mins is not None
     rows, blocks = q.super_scales.shape
     out = np.empty((rows, blocks, BLOCK_BYTES), np.uint8)
     out[..., 0:2] = fields.half_bytes(q.super_scales)
