@@ -33,6 +33,9 @@ PHI3_MINI = {
     "transformers_version": "4.40.2",
 }
 PIECES = 32000
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{'<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n'}}{% endfor %}<|assistant|>\n"
+)
 
 
 def write_checkpoint(folder: Path, layers: int = 32, seed: int = 0) -> None:
@@ -44,7 +47,11 @@ def write_checkpoint(folder: Path, layers: int = 32, seed: int = 0) -> None:
     _write_tokenizer(folder)
     random = np.random.default_rng(seed)
     hidden, wide, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    edges = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
+    edges = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (vocab, hidden),
+    }
     blocks = [
         {
             f"model.layers.{n}.input_layernorm.weight": (hidden,),
@@ -78,7 +85,9 @@ def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], random: np.rand
         for shape in shapes.values():
             for start in range(0, int(np.prod(shape)), 2**24):
                 count = min(2**24, int(np.prod(shape)) - start)
-                weight = np.ones(count, np.float32) if len(shape) == 1 else random.standard_normal(count, np.float32) * 0.02
+                weight = (
+                    np.ones(count, np.float32) if len(shape) == 1 else random.standard_normal(count, np.float32) * 0.02
+                )
                 file.write((weight.view(np.uint32) >> 16).astype(np.uint16).tobytes())
 
 
@@ -99,7 +108,13 @@ def _write_tokenizer(folder: Path) -> None:
     added = ["<|endoftext|>", "<|assistant|>", *(f"<|placeholder{i}|>" for i in range(1, 5)), "<|system|>", "<|end|>"]
     added += ["<|placeholder5|>", "<|placeholder6|>", "<|user|>"]
     decoder = {
-        str(PIECES + i): {"content": t, "special": True, "rstrip": t != "<|endoftext|>", "lstrip": False, "normalized": False}
+        str(PIECES + i): {
+            "content": t,
+            "special": True,
+            "rstrip": t != "<|endoftext|>",
+            "lstrip": False,
+            "normalized": False,
+        }
         for i, t in enumerate(added)
     }
     config = {
@@ -111,6 +126,6 @@ def _write_tokenizer(folder: Path) -> None:
         "eos_token": "<|endoftext|>",
         "unk_token": "<unk>",
         "pad_token": "<|endoftext|>",
-        "chat_template": "{% for m in messages %}{{'<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n'}}{% endfor %}<|assistant|>\n",
+        "chat_template": CHAT_TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

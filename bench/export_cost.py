@@ -22,7 +22,14 @@ from pathlib import Path
 
 from _random_checkpoint import write_checkpoint
 
-QUANTIZE_NAMES = {"q4_0": "Q4_0", "q4_k_s": "Q4_K_S", "q4_k_m": "Q4_K_M", "q5_k_m": "Q5_K_M", "q6_k": "Q6_K", "q8_0": "Q8_0"}
+QUANTIZE_NAMES = {
+    "q4_0": "Q4_0",
+    "q4_k_s": "Q4_K_S",
+    "q4_k_m": "Q4_K_M",
+    "q5_k_m": "Q5_K_M",
+    "q6_k": "Q6_K",
+    "q8_0": "Q8_0",
+}
 MEASURE = (
     "import resource, subprocess, sys\n"
     "done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL)\n"

@@ -27,19 +27,20 @@ def _known_codec(name: str) -> str:
 class Layers(Strict):
     """A choice among the n decoder blocks, numbered from 0.
 
-    Block i is chosen if it is in the first or last share of the blocks, or if it is every `every`-th of those that
-    follow the first share. With 1/8, 1/8 and 3 this is llama.cpp's `use_more_bits` (src/llama-quant.cpp).
+    Block i is chosen if it is among the first or last ones, or if it is every `every`-th of those after the first ones.
+    `first` and `last` are numbers of blocks (4) or shares of them ("1/8"). With 1/8, 1/8 and 3 this is llama.cpp's
+    `use_more_bits` (src/llama-quant.cpp).
     """
 
-    first: str = "0"
-    last: str = "0"
+    first: int | str = 0
+    last: int | str = 0
     every: int | None = None
 
     @field_validator("first", "last")
     @classmethod
-    def _share(cls, value: str) -> str:
-        if not 0 <= Fraction(value) <= 1:
-            raise ValueError("expected a share from 0 to 1, such as '1/8'")
+    def _share(cls, value: int | str) -> int | str:
+        if value < 0 if isinstance(value, int) else not 0 <= Fraction(value) <= 1:
+            raise ValueError("expected a number of blocks such as 4, or a share of them such as '1/8'")
         return value
 
     @field_validator("every")
@@ -51,11 +52,15 @@ class Layers(Strict):
 
     def chosen(self, layer: int, layers: int) -> bool:
         """Whether block `layer` of `layers` is chosen."""
-        start = int(layers * Fraction(self.first))
-        stop = int(layers * (1 - Fraction(self.last)))
+        start = _count(self.first, layers)
+        stop = layers - self.last if isinstance(self.last, int) else int(layers * (1 - Fraction(self.last)))
         if layer < start or layer >= stop:
             return True
         return self.every is not None and (layer - start) % self.every == self.every - 1
+
+
+def _count(share: int | str, layers: int) -> int:
+    return share if isinstance(share, int) else int(layers * Fraction(share))
 
 
 class Upgrade(Strict):
@@ -139,7 +144,7 @@ class Recipe(Strict):
             codec = self.fallback.get(codec, "")
             if not codec or codec in tried:
                 raise ConfigError(
-                    f"recipe {name}: {tensor.name} has rows of {columns} weights; {' and '.join(tried)} cannot hold them",
+                    f"recipe {name}: {tensor.name} has rows of {columns} weights, too odd for {' and '.join(tried)}",
                     "declare a codec with smaller blocks under [fallback], for example q4_k = 'q5_0'",
                 )
             tried.append(codec)

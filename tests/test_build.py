@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 from _models import GROUPED, MHA, TIED, Shape, phi3_tensors, write_model, write_weights
+from _targets import write_target
 
 from phi3edge import build, manifest
 from phi3edge.build import export, output_folder
@@ -154,11 +155,7 @@ def test_a_weight_that_is_no_number_names_its_tensor_and_leaves_nothing(tmp_path
 
 
 def test_what_does_not_fit_is_refused_unless_forced(model, tmp_path):
-    target = tmp_path / "toaster.toml"
-    target.write_text(
-        'summary = "x"\nruntime = "y"\nformats = ["gguf"]\nrecipes = { gguf = "q8_0" }\ncontext = 512\nkv_cache = "f16"\n'
-        '[memory]\ndevice = "1 GB"\napp = "1 MB"\nsource = "z"\n[bandwidth]\ngb_per_s = 1\nsource = "z"\n'
-    )
+    target = write_target(tmp_path / "toaster.toml", app="1 MB")
     with pytest.raises(DoesNotFitError) as error:
         export(str(model), str(target), out=tmp_path / "out")
     assert "--force" in error.value.hint

@@ -10,6 +10,7 @@ import time
 
 import pytest
 from _models import MHA, write_model
+from _targets import write_target
 
 from phi3edge import cli, registry
 from phi3edge.cli import app as app_module
@@ -33,8 +34,8 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("dist") / "tiny-cpu"
-    done = run("export", model, "--target", "cpu", "--recipe", "q8_0", "--out", out, "--chunks", 2, "--threads", 1, "--json")
-    return out, done
+    options = ("--target", "cpu", "--recipe", "q8_0", "--out", out, "--chunks", 2, "--threads", 1, "--json")
+    return out, run("export", model, *options)
 
 
 def test_export_writes_runs_and_reports(exported):
@@ -58,12 +59,7 @@ def test_validate_finds_checkpoint_and_target_in_the_manifest(exported):
 
 def test_a_failed_gate_is_exit_code_1(exported, model, tmp_path):
     out, _ = exported
-    target = tmp_path / "strict.toml"
-    target.write_text(
-        'summary = "x"\nruntime = "y"\nformats = ["gguf"]\nrecipes = { gguf = "q8_0" }\ncontext = 512\nkv_cache = "f16"\n'
-        '[memory]\ndevice = "1 GB"\napp = "1 GB"\nsource = "z"\n[bandwidth]\ngb_per_s = 1\nsource = "z"\n'
-        "[gates]\nkl_mean = 1e-9\n"
-    )
+    target = write_target(tmp_path / "strict.toml", gates="kl_mean = 1e-9")
     gguf = out / "tiny-q8_0.gguf"
     done = run("validate", gguf, "-c", model, "-t", target, "--chunks", 2, "--threads", 1, "--json")
     assert done.returncode == 1, done.stderr

@@ -1,5 +1,7 @@
 """config.json to ModelSpec: what is read, and what is refused."""
 
+import contextlib
+
 import pytest
 from _models import GROUPED, MHA, TIED, phi3_config
 
@@ -11,7 +13,10 @@ MINI_4K = {
     "_name_or_path": "Phi-3-mini-4k-instruct",
     "architectures": ["Phi3ForCausalLM"],
     "attention_dropout": 0.0,
-    "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+    "auto_map": {
+        "AutoConfig": "configuration_phi3.Phi3Config",
+        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+    },
     "bos_token_id": 1,
     "embd_pdrop": 0.0,
     "eos_token_id": 32000,
@@ -137,10 +142,8 @@ def test_every_end_of_generation_id_is_kept_in_order():
     assert spec.eos_token_ids == (3, 0, 2)
 
 
-def test_all_refusals_are_ours():
-    for key in phi3_config():
-        for value in (None, -1, "x", [], {}, 1e40):
-            try:
-                parse_config(phi3_config(**{key: value}), None, "tiny")
-            except Phi3EdgeError as error:
-                assert error.message
+@pytest.mark.parametrize("key", phi3_config())
+def test_whatever_a_key_holds_the_answer_is_a_spec_or_our_error(key):
+    for value in (None, -1, "x", [], {}, 1e40):
+        with contextlib.suppress(Phi3EdgeError):
+            assert parse_config(phi3_config(**{key: value}), None, "tiny").parameters > 0

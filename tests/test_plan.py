@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 from _models import MHA, TIED, Shape, phi3_config
+from _targets import write_target
 from test_families import MINI_4K
 
 from phi3edge.codecs import bits_per_weight, codec, holds, row_bytes
@@ -22,6 +23,10 @@ def plan_of(recipe, spec=MINI):
     return make_plan(spec, *load_recipe(recipe))
 
 
+def codecs_of(plan, role):
+    return {t.codec for t in plan.tensors if t.tensor.role == role}
+
+
 def test_row_bytes():
     assert row_bytes("q4_0", 3072) == 3072 // 32 * 18
     assert row_bytes("q4_k", 3072) == 3072 // 256 * 144
@@ -32,14 +37,15 @@ def test_row_bytes():
 
 
 def test_q4_k_m_is_llama_cpps_mix_for_mini():
-    """Types counted in the file that llama-quantize Q4_K_M writes for 32 layers: 65 Q4_K, 32 Q5_K, 17 Q6_K."""
+    """bench/mix_conformance.py compares every mix with llama-quantize's own choices."""
     plan = plan_of("q4_k_m")
-    of = {role: [t.codec for t in plan.tensors if t.tensor.role == role] for role in ("attn_qkv", "ffn_down", "head")}
-    assert set(of["attn_qkv"]) == {"q5_k"}
-    more = [n for n, c in enumerate(of["ffn_down"]) if c == "q6_k"]
-    assert more == [n for n in range(32) if n < 4 or n >= 28 or (n - 4) % 3 == 2]
-    assert of["head"] == ["q6_k"]
-    assert [t.codec for t in plan.tensors if t.tensor.role == "embedding"] == ["q4_k"]
+    more = [n for n in range(32) if n < 4 or n >= 28 or (n - 4) % 3 == 2]
+    for role in ("attn_qkv", "ffn_down"):
+        codecs = [t.codec for t in plan.tensors if t.tensor.role == role]
+        assert codecs == ["q6_k" if n in more else "q4_k" for n in range(32)]
+    assert codecs_of(plan, "head") == {"q6_k"}
+    assert codecs_of(plan, "embedding") == {"q4_k"}
+    assert codecs_of(plan, "attn_output") == codecs_of(plan, "ffn_gate_up") == {"q4_k"}
 
 
 def test_layer_choice_is_integer_division_like_llama_cpps():
@@ -58,11 +64,11 @@ def test_rows_that_are_no_whole_blocks_get_the_declared_fallback():
     spec = parse_config(phi3_config(Shape(hidden=192, intermediate=576, heads=4, kv_heads=4)), None, "odd")
     plan = plan_of("q4_k_m", spec)
     qkv = next(t for t in plan.tensors if t.tensor.role == "attn_qkv")
-    assert (qkv.codec, qkv.wanted) == ("q5_1", "q5_k")
+    assert (qkv.codec, qkv.wanted) == ("q5_0", "q4_k")
     head = next(t for t in plan.tensors if t.tensor.role == "head")
     assert (head.codec, head.wanted) == ("q8_0", "q6_k")
     _, target = load_target("cpu")
-    assert any("q5_1" in line for line in warnings(plan, target, 512))
+    assert any("q5_0" in line for line in warnings(plan, target, 512))
 
 
 def test_a_row_that_nothing_holds_is_an_error(tmp_path):
@@ -194,14 +200,10 @@ def test_names_and_files_that_do_not_exist():
 
 
 def test_a_users_own_target(tmp_path):
-    own = tmp_path / "toaster.toml"
-    own.write_text(
-        'summary = "x"\nruntime = "y"\nformats = ["gguf"]\nrecipes = { gguf = "q4_0" }\ncontext = 128\nkv_cache = "f16"\n'
-        '[memory]\ndevice = "1 GB"\napp = "0.5GiB"\nsource = "z"\n[bandwidth]\ngb_per_s = 1\nsource = "z"\n'
-    )
+    own = write_target(tmp_path / "toaster.toml", app="0.5GiB")
     name, target = load_target(str(own))
     assert (name, target.memory.app) == ("toaster", 2**29)
-    own.write_text(own.read_text().replace('"0.5GiB"', '"lots"'))
+    write_target(own, app="lots")
     with pytest.raises(ConfigError, match="lots"):
         load_target(str(own))
 

@@ -11,7 +11,7 @@ from phi3edge.registry import load
 
 
 def codec(name: str) -> ModuleType:
-    """The module of a codec, e.g. codec("q4_k").BLOCK_SIZE == 256."""
+    """The module of a codec, by its name, such as "q4_k"."""
     return load("codecs", name)
 
 

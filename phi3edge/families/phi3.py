@@ -184,7 +184,7 @@ def _tensors(layers: int, hidden: int, intermediate: int, q: int, kv: int, vocab
 
 
 def _rope_theta(config: JSON) -> float:
-    """theta from the original style (rope_theta) or transformers 5's (rope_parameters); any scaling is refused."""
+    """Theta from the original style (rope_theta) or transformers 5's (rope_parameters); any scaling is refused."""
     parameters = config.get("rope_parameters")
     if parameters is None:
         return _number(config, "rope_theta", 10000.0)
@@ -197,7 +197,7 @@ def _rope_theta(config: JSON) -> float:
         )
     if parameters.get("partial_rotary_factor", 1.0) not in (1.0, None):
         raise UnsupportedError(
-            f"config.json: rope_parameters.partial_rotary_factor is {parameters['partial_rotary_factor']}; supported: 1.0"
+            f"config.json: rope_parameters.partial_rotary_factor is {parameters['partial_rotary_factor']}; expected 1.0"
         )
     unknown = set(parameters) - {"rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
     if unknown:
