@@ -4,9 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
-from statistics import median
 
 import gguf
 import numpy as np
@@ -171,20 +169,3 @@ def test_bytes_do_not_depend_on_the_processor(name: str):
     module = codec(name)
     packed = module.pack(module.quantize(weights("sizes")))
     assert run.stdout.strip() == hashlib.sha256(packed).hexdigest()
-
-
-@with_and_without_importance
-@every_codec
-def test_takes_no_more_time_than_ggml(name: str, weighted: bool):
-    module, weight = codec(name), weights("normal", 128, 2048)
-    columns = importance(weight.shape[1]) if weighted else None
-    module.pack(module.quantize(weight, columns))  # compiles
-    ours, theirs = [], []
-    for _ in range(5):
-        start = time.thread_time()
-        module.pack(module.quantize(weight, columns))
-        middle = time.thread_time()
-        quantize_chunk(module, weight, columns)
-        ours.append(middle - start)
-        theirs.append(time.thread_time() - middle)
-    assert median(ours) <= median(theirs)

@@ -79,7 +79,7 @@ def render(ready: Prepared) -> Group:
     largest = f"largest context that fits: {fit.largest_context}" if fit.largest_context else "no context fits"
     speed = Text(
         f"\nRoofline: at most {fit.roofline_tokens_per_s:.0f} tokens/s decoded, {fit.roofline_full_tokens_per_s:.0f} "
-        f"with a full cache. An estimate: {ready.target.bandwidth.gb_per_s:g} GB/s over the bytes that one token reads; "
+        f"with a full cache. An estimate: {ready.target.bandwidth.gb_per_s:g} GB/s over the bytes a token reads; "
         "devices reach 40 to 65 % of it."
     )
     memory_source = Text(f"Memory limit: {ready.target.memory.source}.", style="dim")
