@@ -2,9 +2,9 @@
 
     python bench/memory.py CHECKPOINT WORK [--target iphone] [--contexts 2048 4096]
 
-Exports the checkpoint to WORK and runs 256 prompt tokens and 16 more in each context, with the plain kernels and with those
-that llama.cpp picks itself: these repack 4-bit weights at load, so the pages of the mapped file count beside the copy
-until the system takes them back. One JSON line per run.
+Exports the checkpoint to WORK and runs 256 prompt tokens and 16 more in each context, with the plain kernels and with
+those that llama.cpp picks itself: these repack 4-bit weights at load, so the pages of the mapped file count beside the
+copy until the system takes them back. One JSON line per run.
 """
 
 from __future__ import annotations
