@@ -2,8 +2,9 @@
 
     python bench/quality.py WORK --llama-cpp DIR [--text FILE] [--chunks 40] [--recipes q4_0 q4_k_m]
 
-DIR holds llama.cpp's source in `llama.cpp` and its tools in `bin`. FILE is the text to score on, for example wikitext-2's
-test set; without it, the documentation inside Python. Prints one JSON line per artifact, then the ratios of KL and bytes.
+DIR holds llama.cpp's source in `llama.cpp` and its tools in `bin`. FILE is the text to score on, for example
+wikitext-2's test set; without it, the documentation inside Python. Prints one JSON line per artifact, then the ratios
+of KL and bytes.
 """
 
 from __future__ import annotations
