@@ -8,6 +8,7 @@ INTENDED below, with its reason, or WRONG, and then the exit code is 1.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -62,17 +63,46 @@ CASES: dict[str, tuple[Shape | None, dict[str, bool], str]] = {
     "no tokenizer.json": (GROUPED, {"fast": False}, "f16"),
     "no tokenizer.model": (GROUPED, {"model": False}, "f16"),
     "no rstrip": (MHA, {"rstrip": False}, "f16"),
+    "all sampling f16": (MHA, {}, "f16"),
+    "greedy f16": (MHA, {}, "f16"),
     "demo bf16": (None, {}, "bf16"),
 }
 """Shape of the model (None: the demo), what its tokenizer lacks, recipe."""
 
+SAMPLING = {
+    "all sampling f16": {
+        "sequence": "penalties;top_k;temperature",
+        "top_k": 40,
+        "top_p": 0.9,
+        "min_p": 0.05,
+        "xtc_probability": 0.25,
+        "xtc_threshold": 0.1,
+        "temperature": 1,
+        "penalty_last_n": -1,
+        "penalty_repeat": 1.1,
+        "repetition_penalty": 1.3,
+        "mirostat": 2,
+        "mirostat_tau": 5.0,
+        "mirostat_eta": 0.1,
+    },
+    "greedy f16": {
+        "do_sample": False,
+        "sequence": "",
+        "top_k": None,
+        "temperature": 0.0,
+        "repetition_penalty": 1.05,
+    },
+}
+"""What generation_config.json holds besides ids that end a generation, by case."""
 
-def make_checkpoint(folder: Path, shape: Shape, lacking: dict[str, bool]) -> Path:
+
+def make_checkpoint(folder: Path, shape: Shape, lacking: dict[str, bool], case: str) -> Path:
     """A random model with a Phi-3-like SentencePiece vocabulary and Phi-3's ids."""
     vocab = PIECES + 20
     sized = Shape(**{name: getattr(shape, name) for name in shape.__dataclass_fields__} | {"vocab": vocab})
     write_model(folder, sized, shards=2, eos_token_id=ENDOFTEXT, pad_token_id=ENDOFTEXT)
-    (folder / "generation_config.json").write_text(f'{{"eos_token_id": [{ENDOFTEXT}, {ASSISTANT}, {END}]}}')
+    generation_config = {"eos_token_id": [ENDOFTEXT, ASSISTANT, END], **SAMPLING.get(case, {})}
+    (folder / "generation_config.json").write_text(json.dumps(generation_config))
     (folder / "tokenizer.json").unlink()
     write_sentencepiece(folder, **lacking)
     return folder
@@ -87,8 +117,16 @@ def write_ours(folder: Path, out: Path, recipe_name: str) -> Path:
         plan = make_plan(spec, recipe_name, recipe)
         vocabulary = load_tokenizer(folder, spec)
         stream = quantize(checkpoint, plan)
-        file_type = recipe.gguf_file_type
-        [written] = emit(plan, checkpoint.source, vocabulary, stream, out, "ours", file_type=file_type)
+        [written] = emit(
+            plan,
+            checkpoint.source,
+            vocabulary,
+            stream,
+            out,
+            "ours",
+            file_type=recipe.gguf_file_type,
+            generation_config=checkpoint.generation_config,
+        )
     return written.path
 
 
@@ -146,12 +184,12 @@ def main() -> int:
                 folder = build_demo(cache_dir())
                 out.mkdir(parents=True)
             else:
-                folder = make_checkpoint(out / "Phi-3-tiny-4k-instruct", shape, lacking)
+                folder = make_checkpoint(out / "Phi-3-tiny-4k-instruct", shape, lacking, name)
             ours, theirs = write_ours(folder, out, recipe), write_theirs(folder, out, recipe, args.llama_cpp)
             reference = intended = None
             if isinstance(theirs, str):
                 print(f"\n{name}: the converter fails ({theirs}); compared with its file of the complete checkpoint")
-                reference = make_checkpoint(out / "complete" / folder.name, shape or MHA, {})
+                reference = make_checkpoint(out / "complete" / folder.name, shape or MHA, {}, name)
                 theirs = write_theirs(reference, out, recipe, args.llama_cpp)
                 intended = INTENDED | WITHOUT_MODEL_FILE
             rows = list(differences(ours, Path(theirs), intended or INTENDED))

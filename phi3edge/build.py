@@ -147,6 +147,7 @@ def export(
                     partial,
                     f"{source.name}-{ready.plan.recipe}",
                     file_type=ready.recipe.gguf_file_type,
+                    generation_config=source.generation_config,
                     split_max_size=limit,
                     on_bytes=advance,
                 )

@@ -78,6 +78,14 @@ def test_the_manifest_says_what_was_made_from_what(model, tmp_path):
     assert manifest.verify(made.folder) == []
 
 
+def test_settings_for_sampling_go_along(model, tmp_path):
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    path = copy / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.5}))
+    made = export(str(copy), "cpu", out=tmp_path / "out")
+    assert gguf.GGUFReader(made.artifact).fields["general.sampling.temp"].contents() == 0.5
+
+
 def test_verify_finds_a_changed_a_short_and_a_missing_file(model, tmp_path):
     made = export(str(model), "cpu", out=tmp_path / "out")
     data = made.artifact.read_bytes()

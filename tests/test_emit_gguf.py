@@ -17,7 +17,7 @@ from _models import GROUPED, TIED, Shape, phi3_config
 from _tokenizers import ASSISTANT, END, ENDOFTEXT, PIECES, TEMPLATE, write_sentencepiece
 
 from phi3edge.emitters import gguf
-from phi3edge.errors import OutputError, UnsupportedError, UsageError
+from phi3edge.errors import CheckpointError, OutputError, UnsupportedError, UsageError
 from phi3edge.families import phi3
 from phi3edge.gguf_file import ValueType, read_header
 from phi3edge.tokenizer import Vocabulary, load_tokenizer
@@ -178,6 +178,56 @@ def test_metadata_that_depends(vocabulary: Vocabulary) -> None:
     pairs = gguf.metadata(plan, SOURCE, templates, file_type=0)
     assert pairs["tokenizer.chat_templates"] == (ValueType.STRING, ["rag", "tool_use"])
     assert pairs["tokenizer.chat_template.tool_use"] == (ValueType.STRING, "a")
+
+
+def sampling(vocabulary: Vocabulary, config: dict[str, Any] | None) -> dict[str, tuple[ValueType, Any]]:
+    pairs = gguf.metadata(make_plan(spec()), SOURCE, vocabulary, file_type=0, generation_config=config)
+    start = "general.sampling."
+    return {key.removeprefix(start): pair for key, pair in pairs.items() if key.startswith(start)}
+
+
+def test_settings_for_sampling(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    i32, f32 = ValueType.INT32, ValueType.FLOAT32
+    config = {
+        "do_sample": False,
+        "temperature": 0.0,
+        "top_k": 40,
+        "top_p": None,
+        "repetition_penalty": 1,
+        "sequence": "",
+    }
+    expected = {"temp": (f32, 0.0), "top_k": (i32, 40), "penalty_repeat": (f32, 1)}
+    assert sampling(vocabulary, config) == expected
+    assert sampling(vocabulary, {"repetition_penalty": 1.5, "penalty_repeat": 1.25}) == {"penalty_repeat": (f32, 1.25)}
+    assert sampling(vocabulary, {"repetition_penalty": 1.5, "penalty_repeat": None}) == {}
+    assert sampling(vocabulary, {"eos_token_id": 2}) == sampling(vocabulary, None) == {}
+    reader_of = pytest.importorskip("gguf").GGUFReader
+    [written] = emit(make_plan(spec()), vocabulary, tmp_path, generation_config=config)
+    fields = reader_of(written.path).fields
+    for key, (kind, value) in expected.items():
+        field = fields[f"general.sampling.{key}"]
+        assert ([kind.name], value) == ([t.name for t in field.types], field.contents())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("top_k", 50.0, "an integer"),
+        ("top_k", 2**31, "an integer"),
+        ("mirostat", True, "an integer"),
+        ("temperature", "0.7", "a finite number"),
+        ("top_p", True, "a finite number"),
+        ("min_p", float("nan"), "a finite number"),
+        ("repetition_penalty", float("inf"), "a finite number"),
+        ("sequence", ["top_k"], "a string"),
+    ],
+)
+def test_settings_for_sampling_of_another_kind_are_refused(
+    vocabulary: Vocabulary, tmp_path: Path, key: str, value: Any, expected: str
+) -> None:
+    with pytest.raises(CheckpointError, match=f"generation_config.json: {key} is .*; expected {expected}"):
+        emit(make_plan(spec()), vocabulary, tmp_path / "out", generation_config={key: value})
+    assert not (tmp_path / "out").exists()
 
 
 def test_heads_that_phi3_in_llama_cpp_cannot_hold_are_refused(vocabulary: Vocabulary) -> None:

@@ -29,10 +29,10 @@ from types import TracebackType
 from typing import Any
 
 from phi3edge.codecs import codec, is_float
-from phi3edge.errors import OutputError, UnsupportedError, UsageError
+from phi3edge.errors import CheckpointError, OutputError, UnsupportedError, UsageError
 from phi3edge.gguf_file import DEFAULT_ALIGNMENT, ValueType, write_header
 from phi3edge.tokenizer import AddedToken, Vocabulary
-from phi3edge.types import ModelSpec, QuantPlan, Source, TensorPlan, TensorSpec
+from phi3edge.types import JSON, ModelSpec, QuantPlan, Source, TensorPlan, TensorSpec
 
 ARCHITECTURE = "phi3"
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION: the layout of the blocks
@@ -58,6 +58,23 @@ END_KEYS = ("eot", "eom", "fim_pad")  # each holds one id more; the last ends a 
 END_OF_TURN = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 END_TEXTS = frozenset({*END_OF_TURN, "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "<|end_of_text|>"})
 
+SAMPLING = {
+    "sequence": ("sequence", ValueType.STRING),
+    "top_k": ("top_k", ValueType.INT32),
+    "top_p": ("top_p", ValueType.FLOAT32),
+    "min_p": ("min_p", ValueType.FLOAT32),
+    "xtc_probability": ("xtc_probability", ValueType.FLOAT32),
+    "xtc_threshold": ("xtc_threshold", ValueType.FLOAT32),
+    "temperature": ("temp", ValueType.FLOAT32),
+    "penalty_last_n": ("penalty_last_n", ValueType.INT32),
+    "repetition_penalty": ("penalty_repeat", ValueType.FLOAT32),
+    "penalty_repeat": ("penalty_repeat", ValueType.FLOAT32),  # wins over the one before
+    "mirostat": ("mirostat", ValueType.INT32),
+    "mirostat_tau": ("mirostat_tau", ValueType.FLOAT32),
+    "mirostat_eta": ("mirostat_eta", ValueType.FLOAT32),
+}
+"""Key and kind under `general.sampling` by generation_config.json's key."""
+
 Metadata = dict[str, tuple[ValueType, Any]]
 Stream = Iterable[tuple[TensorPlan, Iterable[Any]]]
 
@@ -81,6 +98,7 @@ def emit(
     *,
     file_type: int | None,
     context_length: int | None = None,
+    generation_config: JSON | None = None,
     split_max_size: int | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> list[WrittenFile]:
@@ -99,6 +117,7 @@ def emit(
             (uint8 arrays, say) that nobody changes afterwards.
         file_type: llama.cpp's number of the mix (llama_ftype), for people and tools; None leaves it out.
         context_length: written as the model's context length instead of the checkpoint's.
+        generation_config: the checkpoint's, whose settings for sampling llama.cpp's programs take as their defaults.
         split_max_size: files are at most this large, in bytes, headers included; None writes one file.
         on_bytes: called with the number of bytes of each buffer once it is written.
 
@@ -108,9 +127,17 @@ def emit(
     Raises:
         OutputError: the disk is full, or the folder cannot be written.
         UsageError: a tensor that is larger than `split_max_size`.
+        CheckpointError: a setting for sampling that is not of its kind.
         UnsupportedError: a model that llama.cpp's `phi3` cannot hold.
     """
-    shared = metadata(plan, source, vocabulary, file_type=file_type, context_length=context_length)
+    shared = metadata(
+        plan,
+        source,
+        vocabulary,
+        file_type=file_type,
+        context_length=context_length,
+        generation_config=generation_config,
+    )
     shards = _shards(plan, shared, split_max_size)
     names = _file_names(name, len(shards))
     tensors = iter(stream)
@@ -146,11 +173,13 @@ def metadata(
     *,
     file_type: int | None,
     context_length: int | None = None,
+    generation_config: JSON | None = None,
 ) -> Metadata:
     """The key-value pairs of the file, in the order in which they are written.
 
     Raises:
         UnsupportedError: a model that llama.cpp's `phi3` cannot hold.
+        CheckpointError: a setting for sampling that is not of its kind.
     """
     spec = plan.model
     if spec.heads * spec.head_dim != spec.hidden_size:
@@ -166,6 +195,7 @@ def metadata(
         "general.size_label": (text, size_label(spec.parameters)),
     }
     pairs |= _origin(source)
+    pairs |= _sampling(generation_config or {})
     pairs |= {
         f"{ARCHITECTURE}.context_length": (u32, context_length or spec.context_length),
         f"{ARCHITECTURE}.rope.scaling.original_context_length": (u32, spec.original_context_length),
@@ -300,6 +330,29 @@ def _origin(source: Source) -> Metadata:
             pairs["general.base_model.0.version"] = (text, source.revision)
         pairs["general.base_model.0.organization"] = (text, owner)
         pairs["general.base_model.0.repo_url"] = (text, url)
+    return pairs
+
+
+def _sampling(generation_config: JSON) -> Metadata:
+    """Settings for sampling that are neither null nor empty. Like the converter, this does not look at `do_sample`."""
+    pairs: Metadata = {}
+    found = {SAMPLING[key]: key for key in SAMPLING if key in generation_config}
+    for (name, kind), key in found.items():
+        value = generation_config[key]
+        if value is None:
+            continue
+        if kind is ValueType.STRING:
+            fits, expected = isinstance(value, str), "a string"
+        elif kind is ValueType.INT32:
+            fits, expected = type(value) is int and -(2**31) <= value < 2**31, "an integer of 32 bits"
+        else:
+            fits, expected = type(value) in (int, float) and abs(value) < 3.4e38, "a finite number"
+        if not fits:
+            raise CheckpointError(
+                f"generation_config.json: {key} is {value!r:.60}; expected {expected}", f"correct or remove {key} there"
+            )
+        if value != "":
+            pairs[f"general.sampling.{name}"] = (kind, value)
     return pairs
 
 
