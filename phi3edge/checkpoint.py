@@ -36,6 +36,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
 )
 SMALL_FILES = (CONFIG, GENERATION_CONFIG, MODEL_CARD, INDEX, *TOKENIZER_FILES)
 """Everything that an export reads besides weights."""

@@ -483,8 +483,6 @@ def _chat_templates(folder: Path, config: JSON) -> tuple[str | None, dict[str, s
     named: dict[str, str] = {t["name"]: t["template"] for t in entry} if isinstance(entry, list) else {}
     if default := entry if isinstance(entry, str) else _read_json(folder / "chat_template.json").get("chat_template"):
         named.setdefault("default", default)
-    for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        named[file.stem] = file.read_text(encoding="utf-8")
     if (file := folder / "chat_template.jinja").is_file():
         named["default"] = file.read_text(encoding="utf-8")
     return named.pop("default", None), named

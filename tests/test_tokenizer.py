@@ -1,6 +1,7 @@
 """Token ids in llama.cpp, from a GGUF of ours, are those of the tokenizers library on the checkpoint's own file."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from _tokenizers import (
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from phi3edge import tokenizer
+from phi3edge.checkpoint import TOKENIZER_FILES
 from phi3edge.emitters import gguf
 from phi3edge.errors import CheckpointError, Phi3EdgeError, UnsupportedError
 from phi3edge.families import phi3
@@ -244,6 +246,18 @@ def test_chat_templates(sentencepiece_folder: Path, tmp_path: Path) -> None:
     assert (vocabulary.chat_template, vocabulary.other_templates) == ("one", {"tool_use": "two"})
     (folder / "chat_template.jinja").write_text("three")
     assert load_tokenizer(folder, spec()).chat_template == "three"
+
+
+def test_only_files_that_are_pulled_and_hashed_are_read(sentencepiece_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sentencepiece_folder, tmp_path / "all"))
+    change(folder, "tokenizer_config.json", chat_template=None)
+    (folder / "chat_template.json").write_text('{"chat_template": "of the legacy file"}')
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("not read")
+    vocabulary = load_tokenizer(folder, spec())
+    assert vocabulary.chat_template == "of the legacy file"
+    pulled = only(folder, tmp_path / "pulled", *(name for name in TOKENIZER_FILES if (folder / name).exists()))
+    assert load_tokenizer(pulled, spec()) == vocabulary
 
 
 def damaged(folder: Path, problem: str) -> None:
