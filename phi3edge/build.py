@@ -16,7 +16,7 @@ import numpy as np
 from phi3edge import __version__, manifest, recipes
 from phi3edge.checkpoint import SMALL_FILES
 from phi3edge.emitters import gguf
-from phi3edge.errors import MissingExtraError, OutputError, UnsupportedError
+from phi3edge.errors import MissingExtraError, OutputError, UnsupportedError, UsageError
 from phi3edge.families import parse_config
 from phi3edge.plan import Fit, choose_context, estimate_fit, make_plan, require_fit, summarize, warnings
 from phi3edge.progress import Stages, reporting, silent
@@ -83,6 +83,8 @@ def prepare_spec(
     """Plan an export of a model that is already read; see `prepare`."""
     target_name, device = load_target(target)
     chosen = _choose_format(format_, target_name, device)
+    if not recipe and chosen not in device.recipes:
+        raise UsageError(f"target {target_name} names no recipe for {chosen}", "give one: --recipe NAME")
     recipe_name, mix = load_recipe(recipe or device.recipes[chosen])
     if chosen not in mix.formats:
         raise UnsupportedError(
@@ -127,14 +129,17 @@ def export(
     """
     require_quantizers()
     with reporting(stages) as report:
+        # from the config: what will be refused is refused before gigabytes are fetched
+        ready = prepare_spec(resolve_spec(name, report), target, recipe, context, format_)
+        if not force:
+            require_fit(ready.plan, ready.fit, ready.target_name, ready.target)
+        folder = out or Path("dist") / f"{ready.plan.model.name.lower()}-{ready.target_name}"
+        require_free(folder, force)
         source = resolve(name, report)
     with source:
         spec = parse_config(source.config, source.generation_config, source.name)
         source.check(spec)
         ready = prepare_spec(spec, target, recipe, context, format_)
-        if not force:
-            require_fit(ready.plan, ready.fit, ready.target_name, ready.target)
-        folder = out or Path("dist") / f"{source.name.lower()}-{ready.target_name}"
         vocabulary = load_tokenizer(source.path, spec)
         limit = split_max_size or (ready.target.files.max_bytes if ready.target.files else None)
         with output_folder(folder, force) as partial:
@@ -167,19 +172,33 @@ def require_quantizers() -> None:
         raise MissingExtraError("quantizing", "gguf") from None
 
 
+def require_free(folder: Path, force: bool) -> None:
+    """Raise unless an artifact may take the place of `folder`.
+
+    Raises:
+        OutputError: `folder` exists and `force` is false, or it is not an artifact, which is never replaced, or it is
+            the working folder or holds it.
+    """
+    if not folder.exists():
+        return
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise OutputError(f"{folder} is the working folder or holds it", "choose a folder of its own: --out NAME")
+    ours = folder.is_dir() and ((folder / manifest.NAME).is_file() or not any(folder.iterdir()))
+    if not ours:
+        raise OutputError(f"{folder} exists and was not written by phi3edge", "choose another --out")
+    if not force:
+        raise OutputError(f"{folder} exists", "--force replaces it, --out writes elsewhere")
+
+
 @contextmanager
 def output_folder(folder: Path, force: bool) -> Iterator[Path]:
     """A new folder beside `folder` that takes its name when the block ends well, and is gone if it does not.
 
     Raises:
-        OutputError: `folder` exists and `force` is false, or it is not an artifact, which is never replaced.
+        OutputError: see `require_free`; or the disk is full, or nothing can be written there.
     """
-    if folder.exists():
-        ours = folder.is_dir() and ((folder / manifest.NAME).is_file() or not any(folder.iterdir()))
-        if not ours:
-            raise OutputError(f"{folder} exists and was not written by phi3edge", "choose another --out")
-        if not force:
-            raise OutputError(f"{folder} exists", "--force replaces it, --out writes elsewhere")
+    require_free(folder, force)
+    folder = folder.resolve()  # where a link leads, that is replaced, and the link stays
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)

@@ -135,6 +135,37 @@ def test_a_folder_that_is_not_ours_is_never_replaced(model, tmp_path):
     assert tree(out) == {"cat.jpg": b"cat"}
 
 
+def test_the_working_folder_is_never_replaced(model, tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    for out in (Path(), Path("..")):
+        with pytest.raises(OutputError, match="working folder") as error:
+            export(str(model), "cpu", out=out, force=True)
+        assert "--out" in error.value.hint
+    assert list(tmp_path.iterdir()) == [tmp_path / "inner"]
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(model, tmp_path):
+    first = export(str(model), "cpu", recipe="q8_0", out=tmp_path / "v1")
+    link = tmp_path / "latest"
+    link.symlink_to(first.folder)
+    export(str(model), "cpu", recipe="q4_0", out=link, force=True)
+    assert link.is_symlink()
+    assert sorted(tree(tmp_path / "v1")) == [manifest.NAME, "tiny-q4_0.gguf"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "v1"]
+
+
+def test_what_will_be_refused_is_refused_before_weights_are_fetched(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "resolve", lambda *_: pytest.fail("weights were fetched"))
+    toaster = write_target(tmp_path / "toaster.toml", app="1 MB")
+    with pytest.raises(DoesNotFitError):
+        export(str(model), str(toaster), out=tmp_path / "out")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    with pytest.raises(OutputError, match="not written by phi3edge"):
+        export(str(model), "cpu", out=tmp_path / "photos")
+
+
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError(28, os.strerror(28)), CheckpointError("x")])
 def test_an_interrupted_export_leaves_nothing(model, tmp_path, interruption, monkeypatch):
     def broken(*args):
