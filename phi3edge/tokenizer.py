@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -124,6 +124,17 @@ def load_tokenizer(folder: Path, spec: ModelSpec) -> Vocabulary:
         CheckpointError: files missing or damaged, or a tokenizer that does not belong to the model.
         UnsupportedError: a tokenizer that llama.cpp would not tokenize alike.
     """
+    try:
+        return _load(folder, spec)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder.name}: the tokenizer's files are not built as tokenizers are: {type(error).__name__}: {error}",
+            "get them again",
+        ) from error
+
+
+def _load(folder: Path, spec: ModelSpec) -> Vocabulary:
+    """See `load_tokenizer`; where a part of a JSON file is not what it should be, this fails as Python does."""
     fast, config = _read_json(folder / "tokenizer.json"), _read_json(folder / "tokenizer_config.json")
     model_file = folder / "tokenizer.model"
     added = _added_tokens(folder, fast, config)
@@ -134,7 +145,7 @@ def load_tokenizer(folder: Path, spec: ModelSpec) -> Vocabulary:
     pre = "default"
     if fast and _is_byte_level(fast):
         kind = "gpt2"
-        pieces = [(text, 0.0, TokenType.NORMAL) for text in _vocabulary(fast)]
+        pieces = [(text, 0.0, TokenType.NORMAL) for text in _vocabulary(fast, spec.vocab_size)]
         merges = tuple(" ".join(pair) for pair in _merges(fast))
         pre = _pre_tokenizer(fast, notes)
     elif fast or model_file.is_file():
@@ -145,9 +156,9 @@ def load_tokenizer(folder: Path, spec: ModelSpec) -> Vocabulary:
             pieces, dummy_prefix = _read_sentencepiece(model_file, notes)
             space = space if fast else dummy_prefix
         if fast and not model_file.is_file():
-            pieces = _pieces_from_merges(fast, notes)
+            pieces = _pieces_from_merges(fast, spec.vocab_size, notes)
         elif fast:
-            _check_same(pieces, _vocabulary(fast), added)
+            _check_same(pieces, _vocabulary(fast, spec.vocab_size), added)
         if BYTES.difference(text for text, _, _ in pieces):
             raise UnsupportedError("expected a SentencePiece vocabulary with a token per byte, got one without")
     else:
@@ -157,6 +168,7 @@ def load_tokenizer(folder: Path, spec: ModelSpec) -> Vocabulary:
         )
 
     tokens, types, scores = _table(pieces, added, spec.vocab_size)
+    "".join((*tokens, default or "", *others.values())).encode()  # fails for half a surrogate pair: JSON can say it
     special_ids = _special_ids(config, added, spec)
     add_bos, add_eos = _adds(fast, config, kind, notes)
     _note_flags(added, kind, notes)
@@ -258,8 +270,8 @@ def _is_byte_level(fast: JSON) -> bool:
     return any(step["type"] == "ByteLevel" for step in _steps(fast.get("pre_tokenizer")))
 
 
-def _vocabulary(fast: JSON) -> list[str]:
-    """The model's tokens in order of id; a hole is an empty text."""
+def _vocabulary(fast: JSON, size: int) -> list[str]:
+    """The model's tokens in order of id, all below `size`; a hole is an empty text."""
     model = fast.get("model") or {}
     if model.get("type", "BPE") != "BPE":
         raise UnsupportedError(f"tokenizer.json: expected a model of type BPE, got {model.get('type')!r}")
@@ -267,6 +279,7 @@ def _vocabulary(fast: JSON) -> list[str]:
         if model.get(key):
             raise UnsupportedError(f"tokenizer.json: expected no {key}, got {model[key]!r}")
     vocab: dict[str, int] = model.get("vocab") or {}
+    _check_ids(vocab.values(), size)
     tokens = [""] * (max(vocab.values(), default=-1) + 1)
     for text, index in vocab.items():
         tokens[index] = text
@@ -280,9 +293,9 @@ def _merges(fast: JSON) -> list[tuple[str, str]]:
     return merges  # type: ignore[return-value]
 
 
-def _pieces_from_merges(fast: JSON, notes: list[str]) -> list[tuple[str, float, TokenType]]:
+def _pieces_from_merges(fast: JSON, size: int, notes: list[str]) -> list[tuple[str, float, TokenType]]:
     """SentencePiece pieces with scores that merge in the order of the merges (see the module's docstring)."""
-    tokens, merges = _vocabulary(fast), _merges(fast)
+    tokens, merges = _vocabulary(fast, size), _merges(fast)
     first: dict[str, int] = {}
     ways: dict[str, list[int]] = {}
     for rank, (left, right) in enumerate(merges):
@@ -404,6 +417,16 @@ def _added_tokens(folder: Path, fast: JSON, config: JSON) -> dict[int, AddedToke
     return found
 
 
+def _check_ids(ids: Collection[int], size: int) -> None:
+    """Raise CheckpointError for an id that is not in the embedding, before memory is taken for so many tokens."""
+    least, last = min(ids, default=0), max(ids, default=0)
+    if least < 0 or last >= size:
+        raise CheckpointError(
+            f"expected token ids below vocab_size {size}, got id {least if least < 0 else last}",
+            "the tokenizer belongs to another model",
+        )
+
+
 def _check_same(pieces: list[tuple[str, float, TokenType]], fast: list[str], added: dict[int, AddedToken]) -> None:
     for index, ((text, _, _), other) in enumerate(zip(pieces, fast, strict=False)):
         if text != other and index not in added:
@@ -417,11 +440,7 @@ def _table(
     pieces: list[tuple[str, float, TokenType]], added: dict[int, AddedToken], size: int
 ) -> tuple[tuple[str, ...], tuple[TokenType, ...], tuple[float, ...]]:
     """Tokens, types and scores of every id of the embedding."""
-    last = max(len(pieces) - 1, *added) if added else len(pieces) - 1
-    if last >= size:
-        raise CheckpointError(
-            f"expected token ids below vocab_size {size}, got id {last}", "the tokenizer belongs to another model"
-        )
+    _check_ids([len(pieces) - 1, *added], size)
     padding = [(f"[PAD{i}]", PADDING_SCORE, TokenType.UNUSED) for i in range(size)]
     table = [piece if piece[0] else padding[i] for i, piece in enumerate(pieces)] + padding[len(pieces) :]
     for token in added.values():

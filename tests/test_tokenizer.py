@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from _models import MHA, phi3_config
@@ -295,6 +296,31 @@ def test_damage_is_one_clear_line(sentencepiece_folder: Path, tmp_path: Path, pr
     folder = only(sentencepiece_folder, tmp_path / "copy", "tokenizer.model", "tokenizer.json")
     damaged(folder, problem)
     with pytest.raises(Phi3EdgeError, match=message):
+        load_tokenizer(folder, spec())
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("tokenizer.json", "model", {"type": "BPE", "vocab": {"a": 10**12}, "merges": []}),
+        ("tokenizer.json", "model", {"type": "BPE", "vocab": {"a": -1}, "merges": []}),
+        ("tokenizer.json", "model", {"type": "BPE", "vocab": {"a": "0"}, "merges": []}),
+        ("tokenizer.json", "model", {"type": "BPE", "vocab": ["a"], "merges": []}),
+        ("tokenizer.json", "pre_tokenizer", "ByteLevel"),
+        ("tokenizer.json", "added_tokens", [{"id": -1, "content": "<|x|>"}]),
+        ("tokenizer.json", "added_tokens", [{"content": "<|x|>"}]),
+        ("tokenizer.json", "added_tokens", [{"id": PIECES, "content": "\ud800"}]),
+        ("tokenizer_config.json", "added_tokens_decoder", {"x": {"content": "<|x|>"}}),
+        ("tokenizer_config.json", "added_tokens_decoder", ["<|x|>"]),
+        ("tokenizer_config.json", "chat_template", [{"name": "default"}]),
+    ],
+)
+def test_whatever_a_json_file_holds_the_answer_is_our_error(
+    sentencepiece_folder: Path, tmp_path: Path, name: str, key: str, value: Any
+) -> None:
+    folder = only(sentencepiece_folder, tmp_path / "copy", "tokenizer.json", "tokenizer_config.json")
+    change(folder, name, **{key: value})
+    with pytest.raises(CheckpointError):
         load_tokenizer(folder, spec())
 
 
