@@ -15,6 +15,7 @@ from phi3edge.types import JSON
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_SIZE = 2**63
+MAX_DIMENSIONS = 16
 HINT = "the file is damaged, or its download is incomplete: get it again"
 DTYPE_BYTES = {
     "BOOL": 1,
@@ -133,7 +134,7 @@ def _entry(record: Any, where: str, data_start: int) -> TensorEntry:
     dtype, shape, offsets = record["dtype"], record["shape"], record["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise CheckpointError(f"{where}: unknown dtype {str(dtype)[:40]!r}", f"known: {', '.join(DTYPE_BYTES)}")
-    if not _sizes(shape) or prod(shape) >= MAX_SIZE:
+    if not _sizes(shape) or len(shape) > MAX_DIMENSIONS or prod(shape) >= MAX_SIZE:
         raise CheckpointError(f"{where}: shape {str(shape)[:60]} is not a list of sizes", HINT)
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{where}: data_offsets {str(offsets)[:60]} are not [begin, end]", HINT)

@@ -302,6 +302,7 @@ def entry(begin: int, end: int, shape: list[Any] | None = None, dtype: str = "BF
         ({"a": entry(0, 16, [True, 8])}, "is not a list of sizes"),
         ({"a": entry(0, 16, [2**62, 2**62])}, "is not a list of sizes"),
         ({"a": entry(0, 16, [10**30, 0])}, "is not a list of sizes"),
+        ({"a": entry(0, 16, [9] * 1_000_000)}, "is not a list of sizes"),  # whose product alone would take minutes
         ({"a": entry(0, 16, [8], "Q4")}, "unknown dtype 'Q4'"),
         ({"a": entry(0, 16) | {"data_offsets": [16, 0]}}, "data_offsets"),
         ({"a": entry(0, 16) | {"data_offsets": [0, 16, 16]}}, "data_offsets"),
