@@ -64,6 +64,8 @@ def load(kind: str, name: str, schema: type[M]) -> tuple[str, M]:
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             raise ConfigError(f"{path.name}: unknown key {where!r}", _nearest_key(schema, first["loc"])) from None
+        if first["type"] == "missing":
+            raise ConfigError(f"{path.name}: {where} is missing", f"see the shipped ones: phi3edge {kind}") from None
         message = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{path.name}: {where}: {message}; got {first.get('input')!r}") from None
 

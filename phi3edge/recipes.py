@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from phi3edge import _toml
 from phi3edge._toml import Strict
@@ -39,7 +39,11 @@ class Layers(Strict):
     @field_validator("first", "last")
     @classmethod
     def _share(cls, value: int | str) -> int | str:
-        if value < 0 if isinstance(value, int) else not 0 <= Fraction(value) <= 1:
+        try:
+            good = value >= 0 if isinstance(value, int) else 0 <= Fraction(value) <= 1
+        except (ValueError, ZeroDivisionError):
+            good = False
+        if not good:
             raise ValueError("expected a number of blocks such as 4, or a share of them such as '1/8'")
         return value
 
@@ -94,7 +98,7 @@ class Recipe(Strict):
     summary: str
     formats: tuple[Literal["gguf", "onnx"], ...]
     method: Literal["rtn"] = "rtn"
-    gguf_file_type: int | None = None
+    gguf_file_type: int | None = Field(default=None, ge=0, lt=2**31)
     codecs: dict[str, str]
     upgrades: tuple[Upgrade, ...] = ()
     fallback: dict[str, str] = {}

@@ -13,6 +13,9 @@ from types import ModuleType
 
 from phi3edge.errors import ConfigError
 
+MOST_NAMED = 20
+"""Choices that a hint lists at most; it has to fit on a line."""
+
 
 @cache
 def names(kind: str) -> tuple[str, ...]:
@@ -33,6 +36,8 @@ def load(kind: str, name: str) -> ModuleType:
 
 
 def did_you_mean(word: str, choices: tuple[str, ...] | list[str]) -> str:
-    """A hint that names the nearest of the choices, or all of them."""
+    """A hint that names the nearest of the choices, or lists them."""
     near = difflib.get_close_matches(word, choices, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(choices) or 'none'}"
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"known: {', '.join(choices[:MOST_NAMED]) or 'none'}{' ...' if len(choices) > MOST_NAMED else ''}"

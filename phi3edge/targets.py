@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from phi3edge import _toml
 from phi3edge._toml import Strict
 from phi3edge.errors import UsageError
+from phi3edge.registry import did_you_mean, names
 from phi3edge.units import parse_size
 
 Format = Literal["gguf", "onnx"]
@@ -24,6 +25,14 @@ def _size(value: Any) -> Any:
         return parse_size(value)
     except UsageError as error:
         raise ValueError(f"{error.message}; {error.hint}") from None
+
+
+def _known_codecs(value: tuple[str, ...]) -> tuple[str, ...]:
+    """For a validator: refuses a codec that does not exist."""
+    for name in value:
+        if name not in names("codecs"):
+            raise ValueError(f"unknown codec {name!r}; {did_you_mean(name, names('codecs'))}")
+    return value
 
 
 Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
@@ -78,7 +87,7 @@ class Target(Strict):
 
     summary: str
     runtime: str
-    formats: tuple[Format, ...]
+    formats: tuple[Format, ...] = Field(min_length=1)
     codecs: tuple[str, ...] = ()
     recipes: dict[Format, str] = {}
     context: int = Field(gt=0)
@@ -88,6 +97,8 @@ class Target(Strict):
     files: Files | None = None
     notes: tuple[str, ...] = ()
     gates: dict[str, float] = {}
+
+    _codecs = field_validator("codecs")(_known_codecs)
 
 
 def load_target(name: str) -> tuple[str, Target]:

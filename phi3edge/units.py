@@ -21,14 +21,15 @@ def parse_size(text: str) -> int:
     """Bytes from "1.5 GB", "1800MiB", "2GiB" or a plain number; a bare unit letter (G) is refused as ambiguous.
 
     Raises:
-        UsageError: not a size.
+        UsageError: not a size, or nothing.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if not match or match[2].lower() not in FACTORS:
+    count = int(float(match[1]) * FACTORS.get(match[2].lower(), 0)) if match else 0
+    if not count:
         raise UsageError(
             f"{text!r} is not a size", "write a number and a unit: 1.5GB (10^9 bytes) or 1.5GiB (2^30 bytes)"
         )
-    return int(float(match[1]) * FACTORS[match[2].lower()])
+    return count
 
 
 def size(count: float) -> str:

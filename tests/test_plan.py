@@ -7,6 +7,7 @@ from _models import MHA, TIED, Shape, phi3_config
 from _targets import write_target
 from test_families import MINI_4K
 
+from phi3edge.build import prepare_spec
 from phi3edge.codecs import bits_per_weight, codec, holds, row_bytes
 from phi3edge.errors import ConfigError, DoesNotFitError, UnsupportedError, UsageError
 from phi3edge.families import parse_config
@@ -169,6 +170,8 @@ def test_shipped_files_are_consistent():
         ('linaer = "q4_0"', "linaer"),
         ('linear = "q4_9"', "q4_9"),
         ('norm = "q4_0"', "norm"),
+        ('[[upgrades]]\nroles = ["head"]\nlayers = { first = "1/0" }\ncodec = "q8_0"', "first: expected a number"),
+        ('[[upgrades]]\nroles = ["head"]\nlayers = { last = "half" }\ncodec = "q8_0"', "last: expected a number"),
     ],
 )
 def test_a_wrong_recipe_is_an_error_that_names_the_key(tmp_path, change, says):
@@ -178,6 +181,29 @@ def test_a_wrong_recipe_is_an_error_that_names_the_key(tmp_path, change, says):
     own.write_text('summary = "x"\nformats = ["gguf"]\n[codecs]\n' + "\n".join(lines.values()))
     with pytest.raises(ConfigError, match=says):
         load_recipe(str(own))
+
+
+@pytest.mark.parametrize(
+    ("line", "instead", "says"),
+    [
+        ('formats = ["gguf"]', "formats = []", "formats"),
+        ("context = 512", 'context = 512\ncodecs = ["q4_9"]', "q4_9"),
+        ('summary = "a toaster"', "", "^own.toml: summary is missing$"),
+    ],
+)
+def test_a_wrong_target_is_an_error_that_names_the_key(tmp_path, line, instead, says):
+    own = write_target(tmp_path / "own.toml")
+    own.write_text(own.read_text().replace(line, instead))
+    with pytest.raises(ConfigError, match=says):
+        load_target(str(own))
+
+
+def test_a_target_without_a_recipe_needs_one_to_be_named(tmp_path):
+    own = write_target(tmp_path / "own.toml")
+    own.write_text(own.read_text().replace("recipes =", "# recipes ="))
+    with pytest.raises(UsageError, match="names no recipe for gguf"):
+        prepare_spec(MINI, str(own))
+    assert prepare_spec(MINI, str(own), "q4_0").plan.recipe == "q4_0"
 
 
 def test_an_unknown_key_names_the_nearest(tmp_path):
@@ -212,7 +238,7 @@ def test_sizes():
     assert parse_size("1.5GB") == 1_500_000_000
     assert parse_size("1.5 GiB") == 1_610_612_736
     assert parse_size("42") == 42
-    for bad in ("", "GB", "1.5 G", "-1GB", "1e9"):
+    for bad in ("", "GB", "1.5 G", "-1GB", "1e9", "0", "0.0GB"):
         with pytest.raises(UsageError):
             parse_size(bad)
     assert size(2_390_000_000) == "2.39 GB"
