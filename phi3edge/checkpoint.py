@@ -389,6 +389,9 @@ def no_safetensors(where: str, names: list[str]) -> CheckpointError:
 
 
 def _shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
+    for name in (INDEX, SINGLE_FILE):
+        if (folder / name).is_symlink() and not (folder / name).exists():
+            raise CheckpointError(f"{folder / name} is a link to a file that is gone", "get the file again")
     index = read_json(folder, INDEX) if (folder / INDEX).exists() else None
     if index is not None and (folder / SINGLE_FILE).exists():
         raise CheckpointError(f"{folder} has both {SINGLE_FILE} and {INDEX}", "delete the one that is not the model")
@@ -397,6 +400,8 @@ def _shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     names, weight_map = weight_files(index)
     for name in names:
         if not (folder / name).is_file():
+            if weight_map is None:
+                raise CheckpointError(f"{folder / name} is not a file")
             raise CheckpointError(f"{INDEX} names {name}, which is not in {folder}", "the download is incomplete")
     return tuple(_inside(folder, name) for name in names), weight_map
 
@@ -426,6 +431,8 @@ def refuse_foreign_code(config: JSON) -> None:
     family, families = config.get("model_type"), registry.names("families")
     if family in families:
         return
+    if family is None:
+        raise UnsupportedError("config.json: model_type is missing", f"known: {', '.join(families)}")
     if config.get("auto_map"):
         raise UnsupportedError(
             f"config.json: model_type {family!r} needs code of the repository (trust_remote_code), which is never run",

@@ -418,6 +418,13 @@ def test_links_out_of_the_folder(sharded: Path, tmp_path: Path) -> None:
             open_checkpoint(folder)
 
 
+def test_a_link_to_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(phi3_config()))
+    (tmp_path / "model.safetensors").symlink_to("gone")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a link to a file that is gone"):
+        open_checkpoint(tmp_path)
+
+
 def test_the_hub_cache_links_to_its_own_blobs(sharded: Path, tmp_path: Path) -> None:
     repository = tmp_path / "hub" / "models--org--tiny"
     snapshot = repository / "snapshots" / ("a" * 40)

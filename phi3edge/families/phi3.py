@@ -237,7 +237,7 @@ def _positive(config: JSON, key: str, default: int | None = None) -> int:
     if value is None:
         raise CheckpointError(f"config.json: {key} is missing")
     if not _is_int(value) or not 0 < value < 2**31:
-        raise CheckpointError(f"config.json: {key} is {_short(value)}; expected a positive integer")
+        raise CheckpointError(f"config.json: {key} is {_short(value)}; expected a positive integer below 2^31")
     return value
 
 
