@@ -9,6 +9,7 @@ nats to a KL divergence.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ CACHE_BYTES = 4 * 10**9
 """What kept passes may take on disk; the oldest go first. The newest stays whatever its size."""
 
 _FORMAT = "1"  # of the kept files
+_SAMPLES, _SAMPLE_BYTES = 256, 4096  # of each weight file, evenly spaced, to tell one model's from another's
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,9 @@ def reference_pass(
                 if not kept.is_dir():  # else another process was faster
                     Path(work).rename(kept)
         except OSError as error:
-            raise OutputError(f"cannot keep the reference pass in {root}: {error.strerror}") from error
+            raise OutputError(
+                f"cannot keep the reference pass in {root}: {error.strerror}", "PHI3EDGE_CACHE names another folder"
+            ) from error
         _prune(root, kept)
     notes = json.loads((kept / "notes.json").read_text())
     return Reference(
@@ -185,9 +189,12 @@ def _greedy(model: Any, prompt: list[int], max_tokens: int, stop: Iterable[int])
 
 
 def _key(checkpoint: Path, ids: np.ndarray, prompts: list[list[int]], greedy_tokens: int) -> str:
-    """Names a pass by all that it depends on; weights by their files' headers, sizes and times of change."""
+    """Names a pass by all that it depends on; weights by their files' headers, sizes, times of change and samples.
+
+    Times alone are not enough: archives and image layers set them all alike, and fine-tunes share headers and sizes.
+    """
     digest = hashlib.sha256()
-    for part in (_FORMAT, ids.shape, prompts, greedy_tokens, eos_ids(checkpoint)):
+    for part in (_FORMAT, _transformers().__version__, ids.shape, prompts, greedy_tokens, eos_ids(checkpoint)):
         digest.update(repr(part).encode() + b"\0")
     digest.update(ids.tobytes())
     digest.update((checkpoint / "config.json").read_bytes())
@@ -197,6 +204,9 @@ def _key(checkpoint: Path, ids: np.ndarray, prompts: list[list[int]], greedy_tok
         with shard.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             digest.update(file.read(min(length, status.st_size)))
+            for at in range(0, status.st_size, max(status.st_size // _SAMPLES, _SAMPLE_BYTES)):
+                file.seek(at)
+                digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()[:32]
 
 
@@ -231,6 +241,12 @@ def _free_memory() -> int | None:
     except OSError:
         return None
     return 1024 * int(lines["MemAvailable"].split()[0])
+
+
+def require_reference() -> None:
+    """Raise MissingExtraError unless the reference can run; imports nothing."""
+    if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
+        raise MissingExtraError("the float32 reference", "reference")
 
 
 def _transformers() -> Any:

@@ -89,7 +89,7 @@ def chunk(ids: list[int], chunks: int, chunk_tokens: int, name: str) -> np.ndarr
     if len(ids) < needed:
         raise UsageError(
             f"the text {name} has {len(ids)} tokens; {chunks} chunks of {chunk_tokens} need {needed}",
-            f"give a longer text, or ask for at most {len(ids) // chunk_tokens} chunks",
+            f"give a longer text, or --chunks {most}" if (most := len(ids) // chunk_tokens) else "give a longer text",
         )
     return np.array(ids[:needed], dtype=np.int64).reshape(chunks, chunk_tokens)
 

@@ -64,4 +64,7 @@ def test_chunks() -> None:
 def test_too_short_a_text_says_how_much_is_there_and_needed() -> None:
     with pytest.raises(UsageError, match=r"has 1500 tokens; 4 chunks of 512 need 2048") as error:
         chunk([1] * 1500, 4, 512, "x")
-    assert "at most 2 chunks" in error.value.hint
+    assert error.value.hint == "give a longer text, or --chunks 2"
+    with pytest.raises(UsageError) as error:
+        chunk([1] * 500, 4, 512, "x")
+    assert error.value.hint == "give a longer text"

@@ -67,8 +67,7 @@ def open(
         UsageError: unknown kv_type.
         RunnerError: a missing or wrong file, or a runtime that does not start.
     """
-    if importlib.util.find_spec("llama_cpp") is None:
-        raise MissingExtraError("running GGUF files", "llama-cpp")
+    require_runtime()
     if kv_type not in KV_TYPES:
         raise UsageError(f"unknown KV cache type {kv_type!r}", f"known: {', '.join(KV_TYPES)}")
     for file in files(artifact):
@@ -83,6 +82,12 @@ def open(
         "vocab_only": vocab_only,
     }
     return Runner("llama_cpp", RUNTIME, artifact, options, timeout)
+
+
+def require_runtime() -> None:
+    """Raise MissingExtraError unless llama-cpp-python is installed; imports nothing."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        raise MissingExtraError("running GGUF files", "llama-cpp")
 
 
 def probe() -> dict[str, Any]:
