@@ -113,9 +113,13 @@ def test_plan_reads_no_weights(model, tmp_path):
         (("export", "demo", "--budget", "1.8GB"), "budget"),
         (("export", "demo", "--device", "cuda"), "cuda"),
         (("export", "demo", "--split-max-size", "lots"), "lots"),
+        (("export", "demo", "--split-max-size", "0"), "'0'"),
+        (("export", "demo", "--text", "nowhere.txt"), "nowhere.txt"),
+        (("export", "demo", "--out", "."), "working folder"),
         (("export", "demo", "--target", "directml"), "onnx"),
         (("export",), "CHECKPOINT"),
-        (("validate", "nowhere.gguf"), "--checkpoint"),
+        (("validate", "nowhere.gguf"), "does not exist"),
+        (("validate", "/dev/null"), "--checkpoint"),
         (("validate", "nowhere.gguf", "-c", "demo", "-t", "cpu"), "nowhere.gguf"),
         (("verify", "."), "phi3edge.json"),
         (("inspect", "nowhere"), "nowhere"),
@@ -139,6 +143,48 @@ def test_an_error_is_json_too(tmp_path):
     said = json.loads(done.stdout)
     assert "iphnoe" in said["error"]
     assert "iphone" in said["hint"]
+
+
+def test_wrong_usage_is_json_too(tmp_path):
+    done = run("plan", "demo", "--context", "0", "--json", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--context" in json.loads(done.stdout)["error"]
+    assert len(done.stderr.splitlines()) == 2
+
+
+def test_a_plan_that_does_not_fit_is_one_json_document(model, tmp_path):
+    toaster = write_target(tmp_path / "toaster.toml", app="1 MB")
+    done = run("plan", model, "--target", toaster, "--json")
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["fit"]["fits"] is False
+    assert "does not fit" in done.stderr
+
+
+def test_a_full_disk_is_one_line(model):
+    with registry.Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "phi3edge", "inspect", model], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "No space left" in done.stderr
+
+
+def test_a_gate_on_an_unknown_metric_is_found_before_the_export(model, tmp_path):
+    target = write_target(tmp_path / "typo.toml", gates="kl_maen = 1.0")
+    done = run("export", model, "--target", target, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "kl_mean" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_cannot_be_validated_says_that_it_is_written(model, tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    done = run("export", model, "-t", "cpu", "--out", tmp_path / "out", "--text", tmp_path / "short.txt")
+    assert done.returncode == 2
+    assert "written, but not validated" in done.stderr
+    assert "give a longer text" in done.stderr
+    assert run("verify", tmp_path / "out").returncode == 0
 
 
 @pytest.mark.parametrize("command", ["targets", "recipes"])
@@ -183,7 +229,8 @@ def test_export_without_the_quantizers_names_the_extra(model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupt_leaves_nothing_and_says_so(demo, tmp_path):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_leaves_nothing_and_says_so(demo, tmp_path, sent, code):
     process = subprocess.Popen(
         [sys.executable, "-m", "phi3edge", "export", "demo", "--out", tmp_path / "out", "--no-validate"],
         stderr=subprocess.PIPE,
@@ -192,10 +239,10 @@ def test_an_interrupt_leaves_nothing_and_says_so(demo, tmp_path):
     deadline = time.monotonic() + 120
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    assert "interrupted" in stderr
+    assert process.returncode == code, stderr
+    assert "left behind" in stderr
     assert not list(tmp_path.iterdir())
 
 

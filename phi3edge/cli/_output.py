@@ -19,19 +19,24 @@ stdout = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WI
 stderr = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else PIPE_WIDTH)
 
 
+printed_json = False
+
+
 def print_json(content: Any) -> None:
     """One JSON document on stdout."""
+    global printed_json
+    printed_json = True
     sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def note(text: str) -> None:
     """A remark on stderr."""
-    stderr.print(f"[yellow]note:[/yellow] {_plain(text)}")
+    stderr.print(f"[yellow]note:[/yellow] {_plain(text)}", soft_wrap=not stderr.is_terminal)
 
 
 def say(text: str) -> None:
     """A line of talk on stderr."""
-    stderr.print(_plain(text))
+    stderr.print(_plain(text), soft_wrap=True)
 
 
 def _plain(text: str) -> str:
@@ -64,6 +69,7 @@ def progress(quiet: bool) -> Iterator[Stages]:
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
+        TextColumn("[dim]left[/dim]"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=stderr) as bars:

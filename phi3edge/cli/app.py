@@ -9,7 +9,7 @@ import typer
 
 from phi3edge import __version__
 from phi3edge.cli import doctor, export, inspect, listings, plan, pull, validate, verify
-from phi3edge.cli._errors import guard
+from phi3edge.cli._errors import guard, leave_on_signals
 
 app = typer.Typer(
     name="phi3edge",
@@ -50,4 +50,5 @@ def _root(
 
 def main() -> None:
     """Entry point of the `phi3edge` script."""
-    sys.exit(guard(app))
+    leave_on_signals()
+    sys.exit(guard(lambda: app(sys.argv[1:] or ["--help"], standalone_mode=False)))

@@ -20,7 +20,7 @@ from phi3edge.cli._options import (
     ThreadsOption,
 )
 from phi3edge.cli._output import note, print_json, progress, say
-from phi3edge.errors import UnsupportedError
+from phi3edge.errors import Phi3EdgeError, UnsupportedError
 from phi3edge.plan import to_json
 from phi3edge.units import parse_size, size
 
@@ -34,7 +34,7 @@ def export(
     method: Annotated[str, typer.Option("--method", help="rtn: round to nearest, with a scale search.")] = "rtn",
     format_: Annotated[str | None, typer.Option("--format", help="gguf; default: what the target takes first.")] = None,
     context: ContextOption = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default: dist/<model>-<target>.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default: dist/MODEL-TARGET.")] = None,
     split_max_size: Annotated[
         str | None, typer.Option("--split-max-size", help="Largest file, e.g. 1.5GB; default: the target's limit.")
     ] = None,
@@ -53,12 +53,14 @@ def export(
 ) -> None:
     """Quantize a checkpoint for a target, write the artifact, and prove it against the reference.
 
-    Exit code 0: written, and all gates passed; 1: written, but a gate failed; 2: bad usage or input, nothing written.
+    Exit code 0: written, and all gates passed; 1: written, but a gate failed; 2: bad usage or input.
 
     Examples: `phi3edge export demo --target iphone`,
     `phi3edge export microsoft/Phi-3-mini-4k-instruct --target android --recipe q4_0 --no-validate`
     """
     refuse_what_is_to_come(method, format_, budget, device)
+    if validation:
+        validate.require(target, text)
     with progress(quiet=as_json) as stages:
         made = build.export(
             checkpoint,
@@ -67,7 +69,7 @@ def export(
             context=context,
             format_="gguf" if format_ else None,
             out=out,
-            split_max_size=parse_size(split_max_size) if split_max_size else None,
+            split_max_size=parse_size(split_max_size) if split_max_size is not None else None,
             force=force,
             threads=threads,
             stages=stages,
@@ -80,15 +82,11 @@ def export(
         say(f"{made.artifact}: {size(total)}, {plan.recipe}, {plan.bits_per_weight:.2f} bits per weight")
     report = None
     if validation:
-        report = validate.run(
-            made.artifact,
-            checkpoint=checkpoint,
-            target=target,
-            text=text,
-            chunks=chunks,
-            threads=threads,
-            quiet=as_json,
-        )
+        try:
+            report = validate.run(made.artifact, checkpoint, target, text, chunks, threads, quiet=as_json)
+        except Phi3EdgeError:
+            note(f"written, but not validated; `phi3edge validate {made.folder}` does it later")
+            raise
     if as_json:
         print_json(
             {

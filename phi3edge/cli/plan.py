@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
 from rich.console import Group
 from rich.text import Text
 
@@ -17,7 +20,7 @@ def plan(
     target: TargetOption = "iphone",
     recipe: RecipeOption = None,
     context: ContextOption = None,
-    force: bool = False,
+    force: Annotated[bool, typer.Option("--force", help="Exit code 0 even if it does not fit.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what an export would write and whether it fits the target. Reads config.json only, no weights.

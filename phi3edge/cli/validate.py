@@ -52,6 +52,24 @@ def validate(
         raise typer.Exit(1)
 
 
+def require(target: str, text: Path | None) -> None:
+    """Raise what `run` would raise for a target, a text or missing packages, before an export takes its time.
+
+    Raises:
+        Phi3EdgeError: a gate on an unknown metric, a text that cannot be read, an extra that is not installed.
+    """
+    from phi3edge.reference import require_reference
+    from phi3edge.report import check_gates
+    from phi3edge.runners.llama_cpp import require_runtime
+    from phi3edge.text import read_text
+
+    check_gates(load_target(target)[1].gates)
+    if text:
+        read_text(text)
+    require_reference()
+    require_runtime()
+
+
 def run(
     artifact: Path,
     checkpoint: str | None,
@@ -67,6 +85,8 @@ def run(
     from phi3edge.sources import resolve
     from phi3edge.text import read_text
 
+    if not artifact.exists():
+        raise UsageError(f"{artifact} does not exist", "expected a folder that export wrote, or a .gguf file")
     folder = artifact if artifact.is_dir() else artifact.parent
     described = manifest.read_manifest(folder) if artifact.is_dir() or (folder / manifest.NAME).is_file() else None
     path = folder / described["files"][0]["name"] if described and artifact.is_dir() else artifact
