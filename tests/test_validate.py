@@ -209,6 +209,18 @@ def test_the_reference_pass_is_kept_and_bound_to_its_checkpoint(
     assert before != reference._key(checkpoint, ids, [[1]], 4)
     config.write_text(old)
     assert before == reference._key(checkpoint, ids, [[1]], 4)
+    monkeypatch.setattr("transformers.__version__", "0")
+    assert before != reference._key(checkpoint, ids, [[1]], 4)
+
+
+def test_another_models_weights_are_another_pass_even_with_the_same_size_and_time(tmp_path: Path) -> None:
+    keys = set()
+    for seed in (1, 2):
+        folder = write_model(tmp_path / str(seed), GROUPED, seed=seed)
+        for shard in folder.glob("*.safetensors"):
+            os.utime(shard, (0, 0))
+        keys.add(reference._key(folder, np.zeros((1, 8), np.int64), [[1]], 2))
+    assert len(keys) == 2
 
 
 def test_the_oldest_passes_go_when_they_take_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
