@@ -93,6 +93,7 @@ def test_transformers_5_style_rope_is_read():
         {"model_type": "phimoe"},
         {"model_type": "phi3small"},
         {"layer_types": ["sliding_attention", "full_attention"]},
+        {"num_hidden_layers": 2**31 - 1},
     ],
     ids=lambda change: ",".join(change),
 )

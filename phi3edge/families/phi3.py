@@ -75,6 +75,7 @@ USED = {
     "head_dim",
 }
 DTYPES = ("bfloat16", "float16", "float32")
+MOST_LAYERS = 1000  # a plan lists every tensor; the largest models have a tenth of it
 
 
 def parse(config: JSON, generation_config: JSON | None, name: str) -> ModelSpec:
@@ -121,6 +122,8 @@ def parse(config: JSON, generation_config: JSON | None, name: str) -> ModelSpec:
         raise CheckpointError(f"config.json: tie_word_embeddings is {tied!r}; expected true or false")
     vocab = _positive(config, "vocab_size")
     layers, intermediate = _positive(config, "num_hidden_layers"), _positive(config, "intermediate_size")
+    if layers > MOST_LAYERS:
+        raise UnsupportedError(f"config.json: num_hidden_layers is {layers}; supported: at most {MOST_LAYERS}")
     generation = generation_config or {}
     return ModelSpec(
         family="phi3",
