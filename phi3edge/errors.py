@@ -56,8 +56,30 @@ class MissingExtraError(Phi3EdgeError):
     """A feature whose optional dependency is not installed; the hint is the command that installs it."""
 
     def __init__(self, feature: str, extra: str) -> None:
-        super().__init__(f"{feature} needs a package that is not installed", f"pip install 'phi3edge[{extra}]'")
+        super().__init__(f"{feature} needs a package that is not installed", install_command(extra))
         self.extra = extra
+
+
+def install_command(extra: str) -> str:
+    """The command that adds an extra to the Python that runs this, from where phi3edge itself was installed."""
+    import json
+    import sys
+    from importlib import metadata
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
+    wanted = f"'phi3edge[{extra}]'"
+    try:
+        origin = json.loads(metadata.distribution("phi3edge").read_text("direct_url.json") or "{}")  # PEP 610
+    except metadata.PackageNotFoundError:
+        origin = {}
+    if origin.get("dir_info", {}).get("editable"):
+        wanted = f"--editable '{url2pathname(urlsplit(origin['url']).path)}[{extra}]'"
+    elif vcs := origin.get("vcs_info"):
+        wanted = f"'phi3edge[{extra}] @ {vcs['vcs']}+{origin['url']}@{vcs['commit_id']}'"
+    elif origin:
+        wanted = f"'phi3edge[{extra}] @ {origin['url']}'"
+    return f"{sys.executable} -m pip install {wanted}"
 
 
 class GateError(Phi3EdgeError):

@@ -15,7 +15,7 @@ from _targets import write_target
 from phi3edge import cli, registry
 from phi3edge.cli import app as app_module
 from phi3edge.cli._errors import BUG, guard
-from phi3edge.errors import GateError, UsageError
+from phi3edge.errors import GateError, UsageError, install_command
 
 HEAVY = ("torch", "transformers", "numba", "onnx", "onnxruntime", "llama_cpp", "huggingface_hub", "sentencepiece")
 
@@ -209,7 +209,28 @@ def test_doctor_names_the_command_for_a_missing_extra(monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda package: None)
     missing = doctor.extras()
     assert all(not e["installed"] for e in missing)
-    assert all(re.search(rf"pip install 'phi3edge\[{e['extra']}\]'", e["command"]) for e in missing)
+    assert all(re.search(rf"pip install .*\[{e['extra']}\]", e["command"]) for e in missing)
+
+
+@pytest.mark.parametrize(
+    ("origin", "wanted"),
+    [
+        (None, "'phi3edge[gguf]'"),
+        ({"url": "file:///a%20b", "dir_info": {"editable": True}}, "--editable '/a b[gguf]'"),
+        ({"url": "file:///a/b", "dir_info": {}}, "'phi3edge[gguf] @ file:///a/b'"),
+        (
+            {"url": "https://x/y", "vcs_info": {"vcs": "git", "commit_id": "12"}},
+            "'phi3edge[gguf] @ git+https://x/y@12'",
+        ),
+    ],
+)
+def test_an_extra_comes_from_where_phi3edge_came_from(monkeypatch, origin, wanted):
+    class Installed:
+        def read_text(self, name):
+            return origin and json.dumps(origin)
+
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: Installed())
+    assert install_command("gguf") == f"{sys.executable} -m pip install {wanted}"
 
 
 def test_light_commands_load_nothing_heavy(model, tmp_path):
@@ -225,7 +246,7 @@ def test_export_without_the_quantizers_names_the_extra(model, tmp_path):
     (tmp_path / "numba.py").write_text("raise ImportError")
     done = run("export", model, "--out", tmp_path / "out", PYTHONPATH=str(tmp_path))
     assert done.returncode == 2
-    assert "phi3edge[gguf]" in done.stderr
+    assert "[gguf]" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sys
 from importlib import metadata
-from pathlib import Path
 
 import typer
 
@@ -15,7 +13,7 @@ from phi3edge import __version__, registry
 from phi3edge.cache import cache_dir
 from phi3edge.cli._options import JsonOption
 from phi3edge.cli._output import print_json, stdout, table
-from phi3edge.errors import MissingExtraError, RunnerError
+from phi3edge.errors import MissingExtraError, RunnerError, install_command
 from phi3edge.types import JSON
 from phi3edge.units import size
 
@@ -74,7 +72,7 @@ def extras() -> list[JSON]:
     for name, (packages, purpose) in EXTRAS.items():
         versions = {package: _version(package) for package in packages}
         complete = None not in versions.values()
-        command = None if complete else f"{Path(sys.executable).name} -m pip install 'phi3edge[{name}]'"
+        command = None if complete else install_command(name)
         rows.append(
             {"extra": name, "purpose": purpose, "packages": versions, "installed": complete, "command": command}
         )
@@ -114,7 +112,7 @@ def show(found: JSON) -> None:
     stdout.print(rows)
     for extra in found["extras"]:
         if extra["command"]:
-            stdout.print(f"to {extra['purpose']}:  {extra['command']}", markup=False)
+            stdout.print(f"to {extra['purpose']}:  {extra['command']}", markup=False, soft_wrap=True)
     stdout.print()
     for runtime in found["runtimes"]:
         verdict = (
