@@ -67,14 +67,21 @@ class Exported:
 
 
 def prepare(
-    name: str, target: str, recipe: str | None = None, context: int | None = None, format_: Format | None = None
+    name: str,
+    target: str,
+    recipe: str | None = None,
+    context: int | None = None,
+    format_: Format | None = None,
+    stages: Stages = silent,
 ) -> Prepared:
     """Plan an export from the config alone: no weights are read.
 
     Raises:
         Phi3EdgeError: an unknown name, a config that is not supported, a format that the target does not take.
     """
-    return prepare_spec(resolve_spec(name), target, recipe, context, format_)
+    with reporting(stages) as report:
+        spec = resolve_spec(name, report)
+    return prepare_spec(spec, target, recipe, context, format_)
 
 
 def prepare_spec(

@@ -140,9 +140,10 @@ def _run(
 
     _check_memory(checkpoint)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.float32, trust_remote_code=False, local_files_only=True, use_safetensors=True
-        ).eval()
+        with stages("load reference", None):
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                checkpoint, dtype=torch.float32, trust_remote_code=False, local_files_only=True, use_safetensors=True
+            ).eval()
     except Exception as error:  # transformers raises many kinds
         raise CheckpointError(f"transformers cannot load {checkpoint.name}: {_one_line(error)}") from error
 

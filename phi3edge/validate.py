@@ -139,9 +139,10 @@ def validate(
     text = text or default_text()
     runtime = runner_for(artifact)
 
-    tokenizer = load_tokenizer(checkpoint)
+    with stages("tokenize", None):
+        tokenizer = load_tokenizer(checkpoint)
+        ids = chunk(tokenizer(text.text)["input_ids"], chunks, chunk_tokens, text.name)
     size = vocabulary_size(checkpoint)
-    ids = chunk(tokenizer(text.text)["input_ids"], chunks, chunk_tokens, text.name)
     prompts = [_prompt(tokenizer, question) for question in QUESTIONS]
     options = {"kv_type": kv_type, "threads": threads, "timeout": timeout}
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from phi3edge.build import Prepared, prepare
 from phi3edge.cli._options import CheckpointArg, ContextOption, JsonOption, RecipeOption, TargetOption
-from phi3edge.cli._output import print_json, stdout, table
+from phi3edge.cli._output import print_json, progress, stdout, table
 from phi3edge.plan import require_fit, summarize, to_json
 from phi3edge.units import size
 
@@ -30,7 +30,8 @@ def plan(
     Examples: `phi3edge plan demo --target iphone`,
     `phi3edge plan microsoft/Phi-3-mini-4k-instruct --target android-low --context 1024`
     """
-    ready = prepare(checkpoint, target, recipe, context)
+    with progress(quiet=as_json) as stages:
+        ready = prepare(checkpoint, target, recipe, context, stages=stages)
     if as_json:
         print_json({**describe(ready), **to_json(ready.plan, ready.fit), "notes": ready.notes})
     else:
