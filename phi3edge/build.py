@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +16,7 @@ from phi3edge.checkpoint import SMALL_FILES
 from phi3edge.emitters import gguf
 from phi3edge.errors import MissingExtraError, OutputError, UnsupportedError, UsageError
 from phi3edge.families import parse_config
+from phi3edge.files import new_folder, sha256
 from phi3edge.plan import Fit, choose_context, estimate_fit, make_plan, require_fit, summarize, warnings
 from phi3edge.progress import Stages, reporting, silent
 from phi3edge.quantize import quantize
@@ -30,7 +29,6 @@ from phi3edge.types import JSON, ModelSpec, QuantPlan, Source
 
 if TYPE_CHECKING:
     from phi3edge.checkpoint import Checkpoint
-    from phi3edge.report import Report
 
 REPORT_NAME = "report.json"
 
@@ -55,7 +53,6 @@ class Exported:
         folder: where it is.
         artifact: the file that a runtime opens: the GGUF file, or the first part of a split one.
         files: all files that hold the model.
-        report: what the validation found, or None if it was not asked for.
     """
 
     folder: Path
@@ -63,7 +60,6 @@ class Exported:
     files: list[Path]
     prepared: Prepared
     notes: list[str] = field(default_factory=list)
-    report: Report | None = None
 
 
 def prepare(
@@ -149,13 +145,17 @@ def export(
         ready = prepare_spec(spec, target, recipe, context, format_)
         vocabulary = load_tokenizer(source.path, spec)
         limit = split_max_size or (ready.target.files.max_bytes if ready.target.files else None)
-        with output_folder(folder, force) as partial:
-            with stages("quantize", ready.plan.weight_bytes) as advance, source.each_read_once(spec):
+        with new_folder(folder, lambda: require_free(folder, force)) as partial:
+            with (
+                stages("quantize", ready.plan.weight_bytes) as advance,
+                source.each_read_once(spec),
+                closing(quantize(source, ready.plan, threads)) as stream,
+            ):
                 files = gguf.emit(
                     ready.plan,
                     source.source,
                     vocabulary,
-                    quantize(source, ready.plan, threads),
+                    stream,
                     partial,
                     f"{source.name}-{ready.plan.recipe}",
                     file_type=ready.recipe.gguf_file_type,
@@ -190,37 +190,19 @@ def require_free(folder: Path, force: bool) -> None:
         return
     if Path.cwd().is_relative_to(folder.resolve()):
         raise OutputError(f"{folder} is the working folder or holds it", "choose a folder of its own: --out NAME")
-    ours = folder.is_dir() and ((folder / manifest.NAME).is_file() or not any(folder.iterdir()))
-    if not ours:
-        raise OutputError(f"{folder} exists and was not written by phi3edge", "choose another --out")
+    if not folder.is_dir() or (strange := _not_ours(folder)):
+        what = f"holds {strange[0]}, which phi3edge did not write" if folder.is_dir() else "is a file"
+        raise OutputError(f"{folder} {what}; it is never replaced", "choose another --out")
     if not force:
         raise OutputError(f"{folder} exists", "--force replaces it, --out writes elsewhere")
 
 
-@contextmanager
-def output_folder(folder: Path, force: bool) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its name when the block ends well, and is gone if it does not.
-
-    Raises:
-        OutputError: see `require_free`; or the disk is full, or nothing can be written there.
-    """
-    require_free(folder, force)
-    folder = folder.resolve()  # where a link leads, that is replaced, and the link stays
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if folder.exists():
-            replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
-            folder.rename(replaced)
-            partial.rename(folder)
-            shutil.rmtree(replaced)
-        else:
-            partial.rename(folder)
-    except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _not_ours(folder: Path) -> list[str]:
+    """Names in a folder that are no part of an artifact of ours, sorted."""
+    found = {path.name for path in folder.iterdir()}
+    if manifest.NAME in found:
+        found -= {manifest.NAME, REPORT_NAME, *(entry["name"] for entry in manifest.read_manifest(folder)["files"])}
+    return sorted(found)
 
 
 def _choose_format(wanted: Format | None, target_name: str, target: Target) -> Format:
@@ -241,7 +223,7 @@ def _describe_inputs(source: Checkpoint, stages: Stages) -> list[JSON]:
     """Name, size and hash of every file of the checkpoint that was read."""
     paths = [source.path / name for name in SMALL_FILES if (source.path / name).is_file()] + list(source.shards)
     with stages("hash inputs", sum(p.stat().st_size for p in paths)) as advance:
-        return [{"name": p.name, "bytes": p.stat().st_size, "sha256": manifest.sha256(p, advance)} for p in paths]
+        return [{"name": p.name, "bytes": p.stat().st_size, "sha256": sha256(p, advance)} for p in paths]
 
 
 def _manifest(
@@ -283,5 +265,10 @@ def _manifest(
         "notes": notes,
         "seed": None,
         "inputs": inputs,
-        "versions": {"phi3edge": __version__, "python": platform.python_version(), "numpy": np.__version__},
+        "versions": {
+            "phi3edge": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "numba": version("numba"),
+        },
     }

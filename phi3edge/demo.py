@@ -13,7 +13,6 @@ Every step is a choice of rows and columns of the original weight and a factor f
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import re
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from phi3edge.errors import CheckpointError, HubError, OutputError
+from phi3edge.files import sha256
 from phi3edge.gguf_file import GGUFHeader, read_header
 from phi3edge.progress import Told
 from phi3edge.types import JSON
@@ -151,14 +151,8 @@ def _download_member(work: Path) -> Path:
 
 
 def _check_hash(path: Path) -> None:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != MEMBER_SHA256:
-        raise CheckpointError(
-            f"{path}: expected sha256 {MEMBER_SHA256}, got {digest.hexdigest()}", "remove the file and try again"
-        )
+    if (found := sha256(path)) != MEMBER_SHA256:
+        raise CheckpointError(f"{path}: expected sha256 {MEMBER_SHA256}, got {found}", "remove the file and try again")
 
 
 # ---- its weights; in plain numpy, since the demo must also exist where the compiled codecs are not installed

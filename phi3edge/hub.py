@@ -8,7 +8,6 @@ pull goes on where it stopped, in whichever process: huggingface_hub itself star
 from __future__ import annotations
 
 import errno
-import hashlib
 import re
 import shutil
 import threading
@@ -43,6 +42,7 @@ from phi3edge.checkpoint import (
 )
 from phi3edge.errors import CheckpointError, HubError
 from phi3edge.families import parse_config
+from phi3edge.files import sha256 as sha256_of
 from phi3edge.progress import Told
 from phi3edge.types import Source
 
@@ -69,7 +69,7 @@ def pull(
         HubError: gated, missing, offline, no space, refused or broken connection; says what to do.
         CheckpointError, UnsupportedError: a repository that cannot be exported; found before its weights are fetched.
     """
-    if revision is not None and ".." in revision.split("/"):
+    if revision is not None and {"", ".."} & set(revision.split("/")):
         raise HubError(f"{revision!r} is not a revision")
     storage = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
     cached = _cached(storage, revision or "main", weights)
@@ -130,7 +130,12 @@ def _download(
                     progress(f"pull {repository}", sum(done.values()), total)
 
         lfs = files[name].lfs
-        if lfs and not (folder / name).exists() and are_symlinks_supported(storage.parent):
+        if (
+            lfs
+            and re.fullmatch(r"[0-9a-f]{64}", lfs.sha256)
+            and not (folder / name).exists()
+            and are_symlinks_supported(storage.parent)
+        ):
             url = hf_hub_url(repository, name, revision=commit)
             _fetch_blob(storage, url, lfs.sha256, lfs.size, advance)
         link(name)
@@ -168,7 +173,7 @@ def _fetch_blob(storage: Path, url: str, sha256: str, size: int, advance: Callab
                 except Exception as error:
                     if not _is_network(error) or file.tell() <= start:
                         raise
-        if (found := _sha256(part)) != sha256:
+        if (found := sha256_of(part)) != sha256:
             part.unlink()
             raise HubError(f"{url} arrived damaged: sha256 {found[:12]}, expected {sha256[:12]}", "pull it again")
         part.replace(blob)
@@ -288,14 +293,6 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             enable_progress_bars()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _line(error: BaseException) -> str:

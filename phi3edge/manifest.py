@@ -2,77 +2,80 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, StringConstraints, ValidationError
 
 from phi3edge.errors import OutputError
-from phi3edge.progress import Advance
+from phi3edge.files import Advance, sha256, write_text
 from phi3edge.types import JSON
 
 NAME = "phi3edge.json"
 SCHEMA = 1
 
-
-def sha256(path: Path, advance: Advance | None = None) -> str:
-    """The SHA-256 of a file, in hexadecimal; `advance` is told the bytes read."""
-    digest = hashlib.sha256()
-    buffer = bytearray(4 * 2**20)
-    view = memoryview(buffer)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(view[:count])
-            if advance:
-                advance(count)
-    return digest.hexdigest()
+PlainName = Annotated[str, StringConstraints(pattern=r"^[^/\\:]+$", strip_whitespace=False)]
 
 
-def describe(paths: Iterable[Path]) -> list[JSON]:
-    """Name, size and hash of each file, sorted by name."""
-    return [{"name": p.name, "bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(paths)]
+class _File(BaseModel):
+    name: PlainName
+    bytes: int = Field(ge=0)
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Model(BaseModel):
+    checkpoint: str
+    licence: str | None
+
+
+class _Recipe(BaseModel):
+    name: str
+
+
+class _Manifest(BaseModel):
+    """The fields that phi3edge itself reads; there are more, for people and tools."""
+
+    version: Literal[1] = Field(alias="schema")
+    files: list[_File] = Field(min_length=1)
+    model: _Model
+    target: str
+    context: int = Field(gt=0)
+    recipe: _Recipe
+    notes: list[str]
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON document; see `write_text`."""
+    """Write a JSON document; see `files.write_text`."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it, so that no half file is ever seen under its name."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path) -> JSON:
     """The manifest of an artifact's folder.
 
     Raises:
-        OutputError: no manifest, not JSON, or one from a newer phi3edge.
+        OutputError: no manifest, not JSON, one that lacks a field or names files outside its folder, or one from
+            another version of phi3edge.
     """
     path = folder / NAME
     if not path.is_file():
         raise OutputError(f"{folder} has no {NAME}; expected a folder that phi3edge export wrote")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        schema = manifest["schema"]
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise OutputError(f"{path} is not a phi3edge manifest: {error}") from None
-    if schema != SCHEMA:
+    if isinstance(content, dict) and content.get("schema", SCHEMA) != SCHEMA:
         raise OutputError(
-            f"{path} has schema {schema}; this phi3edge reads {SCHEMA}",
+            f"{path} has schema {content['schema']}; this phi3edge reads {SCHEMA}",
             "use the phi3edge that wrote it, or a newer one",
         )
-    return manifest
+    try:
+        _Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise OutputError(f"{path} is not a phi3edge manifest: {where}: {first['msg']}", "export again") from None
+    return content
 
 
 def verify(folder: Path, advance: Advance | None = None) -> list[str]:
@@ -87,8 +90,6 @@ def verify(folder: Path, advance: Advance | None = None) -> list[str]:
     problems = []
     for entry in read_manifest(folder)["files"]:
         name = entry["name"]
-        if Path(name).name != name:
-            raise OutputError(f"{folder / NAME} names a file outside its folder: {name!r}")
         path = folder / name
         if not path.is_file():
             problems.append(f"{name}: missing")

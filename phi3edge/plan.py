@@ -114,7 +114,10 @@ def estimate_fit(plan: QuantPlan, target: Target, context: int) -> Fit:
     kv_per_token = int(2 * model.layers * model.kv_heads * model.head_dim * KV_BYTES[target.kv_cache])
     activations = model.vocab_size + 2 * model.intermediate_size + 4 * model.hidden_size
     scratch = RUNTIME_BYTES + 4 * min(MICRO_BATCH, context) * activations
-    room = target.memory.app - plan.weight_bytes - scratch
+    free = target.memory.app - plan.weight_bytes - RUNTIME_BYTES
+    largest = (free - 4 * MICRO_BATCH * activations) // kv_per_token
+    if largest < MICRO_BATCH:  # then the micro-batch is as small as the context
+        largest = min(MICRO_BATCH, free // (4 * activations + kv_per_token))
     embedding = 0 if model.tied else sum(t.bytes for t in plan.tensors if t.tensor.role == "embedding")
     read, bandwidth = plan.weight_bytes - embedding, target.bandwidth.gb_per_s * 1e9
     return Fit(
@@ -123,7 +126,7 @@ def estimate_fit(plan: QuantPlan, target: Target, context: int) -> Fit:
         kv_cache=kv_per_token * context,
         scratch=scratch,
         limit=target.memory.app,
-        largest_context=max(0, min(model.context_length, room // kv_per_token)),
+        largest_context=max(0, min(model.context_length, largest)),
         roofline_tokens_per_s=bandwidth / read,
         roofline_full_tokens_per_s=bandwidth / (read + kv_per_token * context),
     )
@@ -149,14 +152,14 @@ def warnings(plan: QuantPlan, target: Target, context: int) -> list[str]:
     """What an engineer should know before shipping this plan on this target."""
     notes = list(target.notes)
     window = plan.model.sliding_window
-    if window is not None and context > window + 1 and "gguf" in target.formats:
+    if window is not None and context > window and "gguf" in target.formats:
         notes.append(
             f"The model attends to the last {window} tokens; llama.cpp ignores that window, so beyond {window} tokens "
             "of context its answers differ from the reference."
         )
     fallbacks = sorted({(t.wanted, t.codec) for t in plan.tensors if t.wanted})
     notes += [f"Rows that are no whole blocks of {wanted} are written as {codec}." for wanted, codec in fallbacks]
-    if target.codecs and (odd := sorted({t.codec for t in plan.tensors} - set(target.codecs))):
+    if target.codecs and (odd := sorted({t.codec for t in plan.tensors if not is_float(t.codec)} - set(target.codecs))):
         notes.append(f"The target's runtime has no kernel for {', '.join(odd)}.")
     return notes
 

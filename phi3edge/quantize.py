@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -32,8 +32,10 @@ def threads_here() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def quantize(checkpoint: Checkpoint, plan: QuantPlan, threads: int | None = None) -> Iterator[PackedTensor]:
-    """Round and pack every tensor of a plan, in its order.
+def quantize(
+    checkpoint: Checkpoint, plan: QuantPlan, threads: int | None = None
+) -> Generator[PackedTensor, None, None]:
+    """Round and pack every tensor of a plan, in its order. Close the generator to end the threads before its end.
 
     Yields:
         A tensor's plan, and an iterator over its packed rows: uint8 arrays, in order. Take each tensor's rows to the
@@ -73,7 +75,6 @@ def _chunks(t: TensorPlan) -> list[tuple[int, int]]:
 
 def _pack_rows(checkpoint: Checkpoint, t: TensorPlan, start: int, stop: int) -> np.ndarray:
     """Rows start to stop of a tensor, rounded and packed."""
-    module = codec(t.codec)
+    module, method = codec(t.codec), load("methods", t.method)
     weight = checkpoint.rows(t.tensor.name, start, stop).reshape(stop - start, -1)
-    rounded: Callable = module.quantize if t.method == "cast" else load("methods", t.method).quantize
-    return module.pack(rounded(weight) if t.method == "cast" else rounded(weight, module))
+    return module.pack(method.quantize(weight, module))

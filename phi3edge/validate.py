@@ -21,7 +21,7 @@ import numpy as np
 
 from phi3edge import registry
 from phi3edge.errors import RunnerError, UsageError
-from phi3edge.manifest import sha256
+from phi3edge.files import sha256
 from phi3edge.progress import Stages, silent
 from phi3edge.reference import Reference, eos_ids, load_tokenizer, reference_pass, vocabulary_size
 from phi3edge.report import (

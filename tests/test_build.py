@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from _models import GROUPED, MHA, TIED, Shape, phi3_tensors, write_model, write_
 from _targets import write_target
 
 from phi3edge import build, manifest
-from phi3edge.build import export, output_folder
+from phi3edge.build import export
 from phi3edge.checkpoint import open_checkpoint
-from phi3edge.errors import CheckpointError, DoesNotFitError, OutputError, Phi3EdgeError, UnsupportedError
+from phi3edge.errors import CheckpointError, DoesNotFitError, OutputError, UnsupportedError
 from phi3edge.families import parse_config
+from phi3edge.files import new_folder, sha256
 from phi3edge.quantize import quantize
 from phi3edge.recipes import load_recipe, shipped_recipes
 from phi3edge.validate import validate
@@ -74,7 +76,7 @@ def test_the_manifest_says_what_was_made_from_what(model, tmp_path):
     assert said["model"]["licence"] == "mit"
     assert {f["name"] for f in said["files"]} == {p.name for p in made.files}
     assert {f["name"] for f in said["inputs"]} >= {"config.json", "tokenizer.json", "model.safetensors"}
-    assert said["inputs"][0]["sha256"] == manifest.sha256(model / said["inputs"][0]["name"])
+    assert said["inputs"][0]["sha256"] == sha256(model / said["inputs"][0]["name"])
     assert manifest.verify(made.folder) == []
 
 
@@ -97,12 +99,24 @@ def test_verify_finds_a_changed_a_short_and_a_missing_file(model, tmp_path):
     assert "missing" in manifest.verify(made.folder)[0]
 
 
-def test_a_manifest_that_points_outside_is_refused(model, tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda said: said["files"][0].update(name="../secret"), "name"),
+        (lambda said: said["files"][0].update(name="/etc/passwd"), "name"),
+        (lambda said: said["files"].clear(), "files"),
+        (lambda said: said.pop("target"), "target"),
+        (lambda said: said.update(context=-1), "context"),
+        (lambda said: said.update(schema=99), "99"),
+        (lambda said: said.pop("schema"), "schema"),
+    ],
+)
+def test_a_manifest_that_is_not_ours_is_refused(model, tmp_path, damage, says):
     made = export(str(model), "cpu", out=tmp_path / "out")
     said = manifest.read_manifest(made.folder)
-    said["files"][0]["name"] = "../secret"
+    damage(said)
     (made.folder / manifest.NAME).write_text(json.dumps(said))
-    with pytest.raises(OutputError, match="outside"):
+    with pytest.raises(OutputError, match=says):
         manifest.verify(made.folder)
 
 
@@ -130,9 +144,59 @@ def test_a_folder_that_is_not_ours_is_never_replaced(model, tmp_path):
     out = tmp_path / "photos"
     out.mkdir()
     (out / "cat.jpg").write_bytes(b"cat")
-    with pytest.raises(OutputError, match="not written by phi3edge"):
+    with pytest.raises(OutputError, match=r"cat\.jpg"):
         export(str(model), "cpu", out=out, force=True)
     assert tree(out) == {"cat.jpg": b"cat"}
+
+
+def test_force_does_not_delete_what_a_user_put_beside_an_artifact(model, tmp_path):
+    out = tmp_path / "out"
+    export(str(model), "cpu", out=out)
+    (out / "notes.txt").write_text("mine")
+    before = tree(out)
+    with pytest.raises(OutputError, match=r"notes\.txt"):
+        export(str(model), "cpu", out=out, force=True)
+    assert tree(out) == before
+
+
+def test_the_old_artifact_comes_back_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_bytes(b"old")
+    rename = Path.rename
+
+    def broken(self, target):
+        if self.name.endswith(".partial"):
+            raise OSError(5, os.strerror(5))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", broken)
+    with pytest.raises(OutputError, match="cannot write"), new_folder(out, lambda: None) as partial:
+        (partial / "new").write_bytes(b"new")
+    assert tree(tmp_path) == {"out/old": b"old"}
+
+
+def test_a_place_that_was_taken_meanwhile_is_not_replaced(model, tmp_path):
+    out = tmp_path / "out"
+
+    def meanwhile():
+        with new_folder(out, lambda: build.require_free(out, force=False)):
+            out.mkdir()
+            (out / "theirs").write_bytes(b"x")
+
+    with pytest.raises(OutputError, match="theirs"):
+        meanwhile()
+    assert tree(tmp_path) == {"out/theirs": b"x"}
+
+
+def test_an_error_ends_the_worker_threads(tmp_path):
+    model = write_model(tmp_path / "tiny", MHA)
+    tensors = phi3_tensors(MHA)
+    tensors["model.embed_tokens.weight"][0, 0] = float("nan")
+    write_weights(model, tensors)
+    with pytest.raises(CheckpointError):
+        export(str(model), "cpu", out=tmp_path / "out")
+    assert not [t for t in threading.enumerate() if t.name.startswith("quantize")]
 
 
 def test_the_working_folder_is_never_replaced(model, tmp_path, monkeypatch):
@@ -162,17 +226,17 @@ def test_what_will_be_refused_is_refused_before_weights_are_fetched(model, tmp_p
         export(str(model), str(toaster), out=tmp_path / "out")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
-    with pytest.raises(OutputError, match="not written by phi3edge"):
+    with pytest.raises(OutputError, match=r"cat\.jpg"):
         export(str(model), "cpu", out=tmp_path / "photos")
 
 
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError(28, os.strerror(28)), CheckpointError("x")])
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), OSError(28, os.strerror(28)), CheckpointError("x")])
 def test_an_interrupted_export_leaves_nothing(model, tmp_path, interruption, monkeypatch):
     def broken(*args):
         raise interruption
 
     monkeypatch.setattr(build, "_manifest", broken)
-    with pytest.raises((KeyboardInterrupt, Phi3EdgeError)):
+    with pytest.raises(type(interruption)):
         export(str(model), "cpu", out=tmp_path / "dist" / "out")
     assert not list((tmp_path / "dist").iterdir())
 
@@ -181,7 +245,7 @@ def test_an_interruption_keeps_what_was_there_before(model, tmp_path):
     out = tmp_path / "out"
     export(str(model), "cpu", out=out)
     before = tree(tmp_path)
-    with contextlib.suppress(KeyboardInterrupt), output_folder(out, force=True) as partial:
+    with contextlib.suppress(KeyboardInterrupt), new_folder(out, lambda: None) as partial:
         (partial / "half").write_bytes(b"x")
         assert len(list(tmp_path.iterdir())) == 2
         raise KeyboardInterrupt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -51,4 +52,7 @@ def _root(
 def main() -> None:
     """Entry point of the `phi3edge` script."""
     leave_on_signals()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows has a code page that lacks most letters
+            stream.reconfigure(encoding="utf-8")
     sys.exit(guard(lambda: app(sys.argv[1:] or ["--help"], standalone_mode=False)))

@@ -12,6 +12,7 @@ from phi3edge.build import REPORT_NAME
 from phi3edge.cli._options import ChunksOption, JsonOption, TextOption, ThreadsOption
 from phi3edge.cli._output import progress, say, stdout
 from phi3edge.errors import UsageError
+from phi3edge.files import write_text
 from phi3edge.progress import reporting
 from phi3edge.targets import load_target
 from phi3edge.types import JSON
@@ -111,7 +112,7 @@ def run(
             stages=stages,
         )
     if described:
-        manifest.write_text(folder / REPORT_NAME, reports.to_json(result))
+        write_text(folder / REPORT_NAME, reports.to_json(result))
     if not quiet:
         stdout.print(reports.render(result))
         if described:

@@ -30,6 +30,7 @@ from typing import Any
 
 from phi3edge.codecs import codec, is_float
 from phi3edge.errors import CheckpointError, OutputError, UnsupportedError, UsageError
+from phi3edge.files import sync_folder
 from phi3edge.gguf_file import DEFAULT_ALIGNMENT, ValueType, write_header
 from phi3edge.tokenizer import AddedToken, Vocabulary
 from phi3edge.types import JSON, ModelSpec, QuantPlan, Source, TensorPlan, TensorSpec
@@ -468,10 +469,7 @@ class _PartialFile:
         """Give the file its name."""
         try:
             self.partial.replace(self.path)
-            if hasattr(os, "O_DIRECTORY"):  # not on Windows, whose folders need no fsync
-                folder = os.open(self.path.parent, os.O_RDONLY)
-                os.fsync(folder)
-                os.close(folder)
+            sync_folder(self.path.parent)
         except OSError as error:
             raise _cannot_write(self.path, error) from error
 

@@ -1,0 +1,18 @@
+"""No rounding but that of the number format: for float codecs, which hold the weights themselves."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from phi3edge.types import Quantized
+
+if TYPE_CHECKING:
+    import numpy as np
+
+NEEDS_STATISTICS = False
+
+
+def quantize(weight: np.ndarray, codec: ModuleType, importance: np.ndarray | None = None) -> Quantized:
+    """Cast rows of a weight, float32 of shape (rows, columns); every weight by itself, so importance has no part."""
+    return codec.quantize(weight)
