@@ -16,7 +16,7 @@ from phi3edge.checkpoint import SMALL_FILES
 from phi3edge.emitters import gguf
 from phi3edge.errors import MissingExtraError, OutputError, UnsupportedError, UsageError
 from phi3edge.families import parse_config
-from phi3edge.files import new_folder, sha256
+from phi3edge.files import new_folder, sha256, write_text
 from phi3edge.plan import Fit, choose_context, estimate_fit, make_plan, require_fit, summarize, warnings
 from phi3edge.progress import Stages, reporting, silent
 from phi3edge.quantize import quantize
@@ -29,6 +29,7 @@ from phi3edge.types import JSON, ModelSpec, QuantPlan, Source
 
 if TYPE_CHECKING:
     from phi3edge.checkpoint import Checkpoint
+    from phi3edge.report import Report
 
 REPORT_NAME = "report.json"
 
@@ -169,6 +170,87 @@ def export(
             manifest.write_json(partial / manifest.NAME, _manifest(name, source.source, ready, written, inputs, notes))
     paths = [folder / f.path.name for f in files]
     return Exported(folder, paths[0], paths, ready, notes)
+
+
+def validate_artifact(
+    artifact: Path,
+    checkpoint: str | None = None,
+    target: str | None = None,
+    *,
+    text: Path | None = None,
+    chunks: int = 16,
+    threads: int | None = None,
+    stages: Stages = silent,
+) -> tuple[Report, Path | None]:
+    """Run an artifact beside its reference, hold it against a target's gates, and write its report.json.
+
+    Args:
+        artifact: a folder that `export` wrote, or a file that a runtime opens.
+        checkpoint: the reference's name; None for the one that the manifest names.
+        target: whose gates, context and KV cache to use; None for the one that the manifest names.
+        text: what to score on; None for the documentation inside Python.
+        chunks: chunks of 512 tokens of it.
+        threads: of the runtime; None for one per usable core.
+        stages: shows progress.
+
+    Returns:
+        The report, and the file it was written to: None if the artifact is in no folder of ours, or was held against
+        another checkpoint or target than its own.
+
+    Raises:
+        Phi3EdgeError: see `phi3edge.validate.validate`. A missed gate is in the report, not an error.
+    """
+    from phi3edge.report import to_json
+    from phi3edge.text import read_text
+    from phi3edge.validate import validate
+
+    if not artifact.exists():
+        raise UsageError(f"{artifact} does not exist", "expected a folder that export wrote, or a .gguf file")
+    folder = artifact if artifact.is_dir() else artifact.parent
+    described = manifest.read_manifest(folder) if artifact.is_dir() or (folder / manifest.NAME).is_file() else None
+    if described is None and (checkpoint is None or target is None):
+        missing = "--checkpoint" if checkpoint is None else "--target"
+        raise UsageError(f"{artifact} has no {manifest.NAME} beside it that says what it is", f"give {missing}")
+    said: JSON = described or {"model": {}}
+    target_name, device = load_target(target or said["target"])
+    with reporting(stages) as told:
+        source = resolve(checkpoint or said["model"]["checkpoint"], told)
+    source.close()  # the reference is computed from its folder
+    report = validate(
+        folder / said["files"][0]["name"] if artifact.is_dir() else artifact,
+        source.path,
+        text=read_text(text) if text else None,
+        chunks=chunks,
+        gates=device.gates,
+        context=said.get("context") or device.context,
+        kv_type=device.kv_cache,
+        threads=threads,
+        name=source.name,
+        source=source.source,
+        stages=stages,
+    )
+    if described is None or checkpoint is not None or target_name != said["target"]:
+        return report, None  # the artifact's own report is that against its own reference and gates
+    write_text(folder / REPORT_NAME, to_json(report))
+    return report, folder / REPORT_NAME
+
+
+def require_validation(target: str, text: Path | None) -> None:
+    """Raise what `validate_artifact` would raise for a target, a text or missing packages, before time is spent.
+
+    Raises:
+        Phi3EdgeError: a gate on an unknown metric, a text that cannot be read, an extra that is not installed.
+    """
+    from phi3edge.reference import require_reference
+    from phi3edge.report import check_gates
+    from phi3edge.runners.llama_cpp import require_runtime
+    from phi3edge.text import read_text
+
+    check_gates(load_target(target)[1].gates)
+    if text:
+        read_text(text)
+    require_reference()
+    require_runtime()
 
 
 def require_quantizers() -> None:

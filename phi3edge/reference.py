@@ -8,6 +8,7 @@ nats to a KL divergence.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -213,10 +214,17 @@ def _key(checkpoint: Path, ids: np.ndarray, prompts: list[list[int]], greedy_tok
 
 def _prune(root: Path, newest: Path) -> None:
     """Deletes the oldest passes until the rest take at most CACHE_BYTES."""
+    found = []
+    for folder in root.iterdir():
+        if folder.name.startswith(".pass-"):  # one that another process is at work on
+            continue
+        with contextlib.suppress(OSError):  # another process may have deleted it, or it is no folder
+            taken = sum(file.stat().st_size for file in folder.iterdir())
+            found.append((folder != newest, -folder.stat().st_mtime, folder, taken))
     room = CACHE_BYTES
-    for folder in sorted(root.iterdir(), key=lambda f: (f != newest, -f.stat().st_mtime)):
-        room -= sum(f.stat().st_size for f in folder.iterdir())
-        if room < 0 and folder != newest:
+    for is_old, _, folder, taken in sorted(found):
+        room -= taken
+        if room < 0 and is_old:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -313,6 +313,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _render(tokenizer: Any, chat: list[dict[str, str]], template: str | None = None) -> str:
+    """The chat as the checkpoint's template, or another, writes it; by Jinja here, not by the runtime's own engine."""
     return tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
 
 

@@ -11,7 +11,7 @@ from phi3edge.demo import build_demo
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache that goes with the tests; the demo in it is a link to the user's, where it is built if it is not there."""
+    """A cache that goes with the tests; the demo in it is a link to the user's, built there if it is missing."""
     users, own = cache_dir(), tmp_path_factory.mktemp("cache")
     build_demo(users)
     for entry in users.iterdir():

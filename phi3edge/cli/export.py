@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from phi3edge import build
-from phi3edge.cli import validate
 from phi3edge.cli._options import (
     CheckpointArg,
     ChunksOption,
@@ -20,6 +19,7 @@ from phi3edge.cli._options import (
     ThreadsOption,
 )
 from phi3edge.cli._output import note, print_json, progress, say
+from phi3edge.cli.validate import show
 from phi3edge.errors import Phi3EdgeError, UnsupportedError
 from phi3edge.plan import to_json
 from phi3edge.units import parse_size, size
@@ -60,7 +60,7 @@ def export(
     """
     refuse_what_is_to_come(method, format_, budget, device)
     if validation:
-        validate.require(target, text)
+        build.require_validation(target, text)
     with progress(quiet=as_json) as stages:
         made = build.export(
             checkpoint,
@@ -83,10 +83,15 @@ def export(
     report = None
     if validation:
         try:
-            report = validate.run(made.artifact, checkpoint, target, text, chunks, threads, quiet=as_json)
+            with progress(quiet=as_json) as stages:
+                report, written = build.validate_artifact(
+                    made.folder, None, target, text=text, chunks=chunks, threads=threads, stages=stages
+                )
         except Phi3EdgeError:
             note(f"written, but not validated; `phi3edge validate {made.folder}` does it later")
             raise
+        if not as_json:
+            show(report, written)
     if as_json:
         print_json(
             {

@@ -57,7 +57,10 @@ RULE_EXEMPT = ("<unk>", "<s>", "<|endoftext|>")
 
 END_KEYS = ("eot", "eom", "fim_pad")  # each holds one id more; the last ends a generation and does nothing else
 END_OF_TURN = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>")
-END_TEXTS = frozenset({*END_OF_TURN, "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "<|end_of_text|>"})
+END_TEXTS = frozenset(  # what llama.cpp takes for an end by its text: the list in src/llama-vocab.cpp
+    {*END_OF_TURN, "</s>", "<|endoftext|>", "<|end_of_text|>", "<end_of_utterance>", "<|return|>", "<|call|>"}
+    | {"<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]"}
+)
 
 SAMPLING = {
     "sequence": ("sequence", ValueType.STRING),
