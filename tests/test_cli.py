@@ -84,6 +84,17 @@ def test_verify_inspect_and_a_damaged_file(exported, tmp_path):
     assert "damaged.gguf" in done.stderr
 
 
+def test_inspect_counts_all_parts_of_a_split_artifact(model, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for out, limit in ((whole, "1GB"), (parts, "1500kB")):
+        options = ("-t", "cpu", "-r", "f16", "--no-validate", "-o", out, "--split-max-size", limit)
+        assert run("export", model, *options).returncode == 0
+    first, second = (json.loads(run("inspect", out, "--json").stdout) for out in (whole, parts))
+    assert len(list(parts.glob("*.gguf"))) > 1
+    assert first["parameters"] == second["parameters"]
+    assert first["types"] == second["types"]
+
+
 def test_inspect_a_checkpoint(model):
     said = json.loads(run("inspect", model, "--json").stdout)
     assert (said["kind"], said["settings"]["layers"]) == ("checkpoint", 2)

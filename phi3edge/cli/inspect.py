@@ -14,7 +14,7 @@ from phi3edge import manifest
 from phi3edge.cli._options import JsonOption
 from phi3edge.cli._output import print_json, stdout, table
 from phi3edge.errors import UsageError
-from phi3edge.gguf_file import GGUFHeader, GGUFTensor, ggml_types, read_header
+from phi3edge.gguf_file import GGUFTensor, ggml_types, read_header
 from phi3edge.types import JSON
 from phi3edge.units import size
 
@@ -34,11 +34,11 @@ def inspect(
     if path.is_dir() and (path / manifest.NAME).is_file():
         described = manifest.read_manifest(path)
         files = [path / entry["name"] for entry in described["files"]]
-        content: JSON = {"kind": "artifact", "manifest": described, **explain(read_header(files[0]), tensors, metadata)}
+        content: JSON = {"kind": "artifact", "manifest": described, **explain(files, tensors, metadata)}
     elif path.is_dir():
         content = {"kind": "checkpoint", **explain_checkpoint(path)}
     elif path.is_file():
-        content = {"kind": "gguf", **explain(read_header(path), tensors, metadata)}
+        content = {"kind": "gguf", **explain([path], tensors, metadata)}
     else:
         raise UsageError(
             f"{path} does not exist", "expected a .gguf file, an exported folder, or a checkpoint's folder"
@@ -49,8 +49,10 @@ def inspect(
         show(path, content)
 
 
-def explain(header: GGUFHeader, tensors: bool, metadata: bool) -> JSON:
-    """A GGUF file's model, codecs and tokenizer as plain data."""
+def explain(files: list[Path], tensors: bool, metadata: bool) -> JSON:
+    """A model, its codecs and tokenizer as plain data, from a GGUF file or all parts of a split one, the first first."""
+    headers = [read_header(path) for path in files]
+    header, held = headers[0], tuple(t for h in headers for t in h.tensors)
     data = header.metadata
     architecture = data.get("general.architecture", "?")
     tokens = data.get("tokenizer.ggml.tokens", [])
@@ -58,10 +60,10 @@ def explain(header: GGUFHeader, tensors: bool, metadata: bool) -> JSON:
     ends = {key: i for key in end_keys if (i := data.get(f"tokenizer.ggml.{key}_token_id")) is not None}
     content: JSON = {
         "version": header.version,
-        "file_bytes": header.file_size,
+        "file_bytes": sum(h.file_size for h in headers),
         "architecture": architecture,
         "name": data.get("general.name"),
-        "parameters": sum(prod(t.shape) for t in header.tensors),
+        "parameters": sum(prod(t.shape) for t in held),
         "settings": {k: v for k, v in data.items() if k.startswith(f"{architecture}.") and not isinstance(v, list)},
         "tokenizer": {
             "model": data.get("tokenizer.ggml.model"),
@@ -70,7 +72,7 @@ def explain(header: GGUFHeader, tensors: bool, metadata: bool) -> JSON:
             "ends": {key: {"id": i, "token": tokens[i] if i < len(tokens) else None} for key, i in ends.items()},
             "chat_template": data.get("tokenizer.chat_template"),
         },
-        "types": _by_type(header.tensors),
+        "types": _by_type(held),
         "split": data.get("split.count"),
     }
     if tensors:
@@ -82,7 +84,7 @@ def explain(header: GGUFHeader, tensors: bool, metadata: bool) -> JSON:
                 "offset": t.offset,
                 "bytes": t.nbytes,
             }
-            for t in header.tensors
+            for t in held
         ]
     if metadata:
         content["metadata"] = data
@@ -146,7 +148,7 @@ def show(path: Path, content: JSON) -> None:
     if described := content.get("manifest"):
         model, recipe = described["model"], described["recipe"]["name"]
         stdout.print(
-            f"made from {model['checkpoint']} for {described['target']} with {recipe}, licence {model['licence']}"
+            f"made from {model['checkpoint']} for {described['target']} with {recipe}, licence {model['licence'] or 'unknown'}"
         )
         for entry in described["files"]:
             stdout.print(f"  {entry['name']}: {size(entry['bytes'])}")
