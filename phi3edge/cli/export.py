@@ -31,17 +31,20 @@ def export(
     checkpoint: CheckpointArg,
     target: TargetOption = "iphone",
     recipe: RecipeOption = None,
-    method: Annotated[str, typer.Option("--method", help="rtn: round to nearest, with a scale search.")] = "rtn",
-    format_: Annotated[str | None, typer.Option("--format", help="gguf; default: what the target takes first.")] = None,
+    method: Annotated[
+        str,
+        typer.Option("--method", help="rtn: round to nearest, with a scale search. Not in this version: awq, gptq."),
+    ] = "rtn",
+    format_: Annotated[str | None, typer.Option("--format", help="gguf. Not in this version: onnx, both.")] = None,
     context: ContextOption = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default: dist/MODEL-TARGET.")] = None,
     split_max_size: Annotated[
         str | None, typer.Option("--split-max-size", help="Largest file, e.g. 1.5GB; default: the target's limit.")
     ] = None,
-    budget: Annotated[
-        str | None, typer.Option("--budget", help="Not in this version: a size to fill.", hidden=True)
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu.")] = "cpu",
+    budget: Annotated[str | None, typer.Option("--budget", help="A size to fill. Not in this version.")] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="Where weights are rounded: cpu. Not in this version: cuda.")
+    ] = "cpu",
     validation: Annotated[bool, typer.Option("--validate/--no-validate", help="Run it beside the reference.")] = True,
     text: TextOption = None,
     chunks: ChunksOption = 16,

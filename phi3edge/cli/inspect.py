@@ -50,7 +50,7 @@ def inspect(
 
 
 def explain(files: list[Path], tensors: bool, metadata: bool) -> JSON:
-    """A model, its codecs and tokenizer as plain data, from a GGUF file or all parts of a split one, the first first."""
+    """A model, its codecs and tokenizer as plain data, from a GGUF file or all parts of a split one, in order."""
     headers = [read_header(path) for path in files]
     header, held = headers[0], tuple(t for h in headers for t in h.tensors)
     data = header.metadata
@@ -146,10 +146,9 @@ def show(path: Path, content: JSON) -> None:
     head.append(f"{content['parameters'] / 1e9:.2f} B weights", style="dim")
     stdout.print(head)
     if described := content.get("manifest"):
-        model, recipe = described["model"], described["recipe"]["name"]
-        stdout.print(
-            f"made from {model['checkpoint']} for {described['target']} with {recipe}, licence {model['licence'] or 'unknown'}"
-        )
+        model, licence = described["model"], described["model"]["licence"] or "unknown"
+        made = f"made from {model['checkpoint']} for {described['target']} with {described['recipe']['name']}"
+        stdout.print(f"{made}, licence {licence}", markup=False)
         for entry in described["files"]:
             stdout.print(f"  {entry['name']}: {size(entry['bytes'])}")
         for line in described["notes"]:
