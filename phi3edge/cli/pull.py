@@ -21,11 +21,11 @@ def pull(
 
     Example: `phi3edge pull microsoft/Phi-3-mini-4k-instruct`
     """
-    from phi3edge import hub
+    from phi3edge.hub import pull as fetch
 
     name, _, revision = repository.partition("@")
     with progress(quiet=as_json) as stages, reporting(stages) as told:
-        folder, source = hub.pull(name, revision or None, told)
+        folder, source = fetch(name, revision or None, told)
     if as_json:
         return print_json({"path": str(folder), "repository": source.repository, "revision": source.revision})
     say(f"{source.repository} at commit {source.revision}")
