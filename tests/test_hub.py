@@ -229,3 +229,23 @@ def test_pickles_are_refused_before_anything_is_downloaded(hub: Hub, client: Cli
     assert result["error"] == "CheckpointError"
     assert "org/pickle has its weights as a pickle (pytorch_model.bin)" in result["message"]
     assert hub.fetched() == set()
+
+
+def test_the_commands_pull_plan_and_export_by_name(hub: Hub, client: Client, tmp_path: Path) -> None:
+    command = "import sys; from phi3edge.cli.app import main; sys.argv[0] = 'phi3edge'; main()"
+    plan = json.loads(client.run(command, "plan", "org/tiny", "--target", "cpu", "--json"))
+    assert plan["fit"]["fits"]
+    assert not hub.fetched() & SHARDS
+    pulled = json.loads(client.run(command, "pull", "org/tiny@v1", "--json"))
+    assert pulled["revision"] == COMMIT
+    out = str(tmp_path / "out")
+    options = ("--target", "cpu", "--recipe", "q8_0", "--no-validate", "--out", out, "--json")
+    client.run(command, "export", "org/tiny@v1", *options)
+    said = json.loads((tmp_path / "out" / "phi3edge.json").read_text())
+    assert said["model"]["checkpoint"] == f"org/tiny@{COMMIT}"
+    assert (said["model"]["repository"], said["model"]["licence"]) == ("org/tiny", "mit")
+    text = tmp_path / "text.txt"
+    text.write_text("the thing and the other thing in the end are the same thing " * 200)
+    options = ("--text", str(text), "--chunks", "1", "--threads", "1", "--json")
+    report = json.loads(client.run(command, "validate", out, *options, HF_HUB_OFFLINE="1"))
+    assert report["checkpoint"] == {"name": "tiny", "repository": "org/tiny", "revision": COMMIT}
