@@ -6,13 +6,13 @@ gives the chunks back in file order with a bounded number in flight, so memory d
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeAlias
 
 from phi3edge.codecs import codec
+from phi3edge.machine import usable_cores
 from phi3edge.registry import load
 from phi3edge.types import QuantPlan, TensorPlan
 
@@ -27,11 +27,6 @@ CHUNK_WEIGHTS = 2**20
 PackedTensor: TypeAlias = "tuple[TensorPlan, Iterator[np.ndarray]]"
 
 
-def threads_here() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def quantize(
     checkpoint: Checkpoint, plan: QuantPlan, threads: int | None = None
 ) -> Generator[PackedTensor, None, None]:
@@ -44,7 +39,7 @@ def quantize(
     Raises:
         CheckpointError: a weight that is not finite.
     """
-    count = threads or threads_here()
+    count = threads or usable_cores()
     work = ((t, start, stop) for t in plan.tensors for start, stop in _chunks(t))
     with ThreadPoolExecutor(count, thread_name_prefix="quantize") as pool:
         flying: deque[Future[np.ndarray]] = deque()

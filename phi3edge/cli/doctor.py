@@ -14,6 +14,7 @@ from phi3edge.cache import cache_dir
 from phi3edge.cli._options import JsonOption
 from phi3edge.cli._output import print_json, stdout, table
 from phi3edge.errors import MissingExtraError, RunnerError, install_command
+from phi3edge.machine import usable_cores
 from phi3edge.types import JSON
 from phi3edge.units import size
 
@@ -52,7 +53,7 @@ def machine() -> JSON:
         "phi3edge": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "memory_bytes": _memory(),
         "cache": str(cache),
         "cache_free_bytes": shutil.disk_usage(existing).free,

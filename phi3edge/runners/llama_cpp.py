@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from phi3edge.errors import MissingExtraError, RunnerError, UsageError
+from phi3edge.machine import usable_cores
 from phi3edge.runners import Runner, _tiny_gguf
 
 RUNTIME = "llama.cpp"
@@ -76,7 +77,7 @@ def open(
     options = {
         "path": str(artifact.resolve()),
         "context": context,
-        "threads": threads or _usable_cores(),
+        "threads": threads or usable_cores(),
         "kv_type": kv_type,
         "plain": plain,
         "vocab_only": vocab_only,
@@ -107,10 +108,6 @@ def probe() -> dict[str, Any]:
             if not np.isfinite(runner.logits(np.arange(48))).all():
                 raise RunnerError(f"{RUNTIME} computes NaN or infinite logits from finite weights")
             return {key: runner.info()[key] for key in ("version", "threads", "workaround")}
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Session:
