@@ -10,8 +10,6 @@ from phi3edge.types import Quantized
 if TYPE_CHECKING:
     import numpy as np
 
-NEEDS_STATISTICS = False
-
 
 def quantize(weight: np.ndarray, codec: ModuleType, importance: np.ndarray | None = None) -> Quantized:
     """Round rows of a weight.
