@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import ConfigDict, ValidationError, model_validator
 
+from phi3edge._toml import Strict
 from phi3edge.errors import ConfigError
 from phi3edge.registry import did_you_mean
+from phi3edge.types import JSON
 from phi3edge.units import size
 
 if TYPE_CHECKING:
@@ -71,18 +74,18 @@ def check_gates(gates: Mapping[str, float]) -> None:
             raise ConfigError(f"the gate {name!r} has no number as its limit")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+class _Part(Strict):
+    model_config = ConfigDict(ser_json_inf_nan="strings")  # JSON has no such numbers
 
 
-class Metric(_Strict):
+class Metric(_Part):
     """A figure, and the standard error of its mean where it is one."""
 
     value: float
     standard_error: float | None = None
 
 
-class Gate(_Strict):
+class Gate(_Part):
     """A limit, and whether the figure keeps it; value is None where the metric was not measured, which fails."""
 
     name: str
@@ -92,7 +95,7 @@ class Gate(_Strict):
     passed: bool
 
 
-class File(_Strict):
+class File(_Part):
     """A file of the artifact; the name has no folder."""
 
     name: str
@@ -100,7 +103,7 @@ class File(_Strict):
     sha256: str
 
 
-class Checkpoint(_Strict):
+class Checkpoint(_Part):
     """What it was compared with: a name, and the hub repository and commit where it came from one."""
 
     name: str
@@ -108,14 +111,14 @@ class Checkpoint(_Strict):
     revision: str | None = None
 
 
-class TextInfo(_Strict):
+class TextInfo(_Part):
     """The text scored on."""
 
     name: str
     sha256: str
 
 
-class Protocol(_Strict):
+class Protocol(_Part):
     """How the figures were taken.
 
     Attributes:
@@ -137,7 +140,7 @@ class Protocol(_Strict):
     decode_tokens: int
 
 
-class Mismatch(_Strict):
+class Mismatch(_Part):
     """A text whose token ids differ between the checkpoint's tokenizer and the artifact's."""
 
     text: str
@@ -145,7 +148,7 @@ class Mismatch(_Strict):
     artifact: list[int]
 
 
-class Tokens(_Strict):
+class Tokens(_Part):
     """Tokenizer checks.
 
     Attributes:
@@ -162,7 +165,7 @@ class Tokens(_Strict):
     chat: bool
 
 
-class Answer(_Strict):
+class Answer(_Part):
     """A prompt and its greedy continuations; `equal` leading tokens are the same, of `tokens`."""
 
     prompt: str
@@ -172,7 +175,7 @@ class Answer(_Strict):
     tokens: int
 
 
-class Environment(_Strict):
+class Environment(_Part):
     """Where it ran. No host names, no paths."""
 
     system: str
@@ -185,7 +188,7 @@ class Environment(_Strict):
     flags: dict[str, str | int | bool | None]
 
 
-class Report(_Strict):
+class Report(_Part):
     """What a validation found. `passed` holds exactly if every gate does."""
 
     schema_version: Literal[1] = 1
@@ -226,6 +229,11 @@ def judge(metrics: Mapping[str, Metric], gates: Mapping[str, float]) -> list[Gat
 def to_json(report: Report) -> str:
     """The report as JSON text, indented. NaN and infinities are the strings "NaN", "Infinity", "-Infinity"."""
     return report.model_dump_json(indent=2) + "\n"
+
+
+def to_data(report: Report) -> JSON:
+    """What `to_json` writes, as plain data: a part of a larger JSON document."""
+    return json.loads(to_json(report))
 
 
 def from_json(text: str) -> Report:

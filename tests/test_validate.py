@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from phi3edge import reference
 from phi3edge.errors import CheckpointError, ConfigError, MissingExtraError, RunnerError, UsageError
-from phi3edge.report import Metric, Report, from_json, judge, render, to_json
+from phi3edge.report import Metric, Report, from_json, judge, render, to_data, to_json
 from phi3edge.text import Text, default_text
 from phi3edge.types import Source
 from phi3edge.validate import kl_divergence, log_softmax, validate
@@ -266,6 +266,7 @@ def test_report_round_trip(report: Report) -> None:
     assert len(data["artifact"][0]["sha256"]) == 64
     broken = report.model_copy(update={"metrics": {**report.metrics, "ppl": Metric(value=float("nan"))}})
     assert np.isnan(from_json(to_json(broken)).metrics["ppl"].value)
+    assert json.loads(json.dumps(to_data(broken), allow_nan=False))["metrics"]["ppl"]["value"] == "NaN"
     assert "not a number" in show(broken)
 
 

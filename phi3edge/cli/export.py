@@ -22,6 +22,7 @@ from phi3edge.cli._output import note, print_json, progress, say
 from phi3edge.cli.validate import show
 from phi3edge.errors import Phi3EdgeError, UnsupportedError
 from phi3edge.plan import to_json
+from phi3edge.report import to_data
 from phi3edge.units import parse_size, size
 
 METHODS_TO_COME = ("awq", "gptq")
@@ -102,7 +103,7 @@ def export(
                 "files": [{"name": p.name, "bytes": p.stat().st_size} for p in made.files],
                 "plan": to_json(made.prepared.plan, made.prepared.fit),
                 "notes": made.notes,
-                "report": report.model_dump(mode="json") if report else None,
+                "report": to_data(report) if report else None,
             }
         )
     if report is not None and not report.passed:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from phi3edge import build
 from phi3edge.cli._options import ChunksOption, JsonOption, TextOption, ThreadsOption
 from phi3edge.cli._output import print_json, progress, say, stdout
-
-if TYPE_CHECKING:
-    from phi3edge.report import Report
+from phi3edge.report import Report, render, to_data
 
 
 def validate(
@@ -41,7 +39,7 @@ def validate(
             artifact, checkpoint, target, text=text, chunks=chunks, threads=threads, stages=stages
         )
     if as_json:
-        print_json(report.model_dump(mode="json"))
+        print_json(to_data(report))
     else:
         show(report, written)
     if not report.passed:
@@ -50,8 +48,6 @@ def validate(
 
 def show(report: Report, written: Path | None) -> None:
     """The report's table, and where its file is."""
-    from phi3edge.report import render
-
     stdout.print(render(report))
     if written:
         say(f"report: {written}")
