@@ -27,11 +27,11 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="*", default=[2048, 4096])
     args = parser.parse_args()
     made = export(args.checkpoint, args.target, out=args.work / "artifact", force=True)
-    target = made.prepared.target
+    target, kv_type = made.prepared.target, made.prepared.runtime.kv_cache
     for context in args.contexts:
-        fit = estimate_fit(made.prepared.plan, target, context)
+        fit = estimate_fit(made.prepared.plan, target, "gguf", context)
         for plain in (True, False):
-            with llama_cpp.open(made.artifact, context=context, kv_type=target.kv_cache, plain=plain) as runner:
+            with llama_cpp.open(made.artifact, context=context, kv_type=kv_type, plain=plain) as runner:
                 runner.speed(256, 16)
                 peak = runner.peak_memory()
             row = {"context": context, "kernels": "plain" if plain else "repacked", "peak_bytes": peak}

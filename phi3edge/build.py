@@ -13,7 +13,7 @@ import numpy as np
 
 from phi3edge import __version__, manifest, recipes
 from phi3edge.checkpoint import SMALL_FILES
-from phi3edge.emitters import gguf
+from phi3edge.emitters import Job, open_emitter
 from phi3edge.errors import MissingExtraError, OutputError, UnsupportedError, UsageError
 from phi3edge.families import parse_config
 from phi3edge.files import new_folder, sha256, write_text
@@ -21,10 +21,8 @@ from phi3edge.plan import Fit, choose_context, estimate_fit, make_plan, require_
 from phi3edge.progress import Stages, reporting, silent
 from phi3edge.quantize import quantize
 from phi3edge.recipes import Recipe, load_recipe
-from phi3edge.registry import names
 from phi3edge.sources import resolve, resolve_spec
-from phi3edge.targets import Format, Target, load_target
-from phi3edge.tokenizer import load_tokenizer
+from phi3edge.targets import Format, Runtime, Target, load_target
 from phi3edge.types import JSON, ModelSpec, QuantPlan, Source
 
 if TYPE_CHECKING:
@@ -42,8 +40,14 @@ class Prepared:
     recipe: Recipe
     target_name: str
     target: Target
+    format: Format
     fit: Fit
     notes: list[str]
+
+    @property
+    def runtime(self) -> Runtime:
+        """What runs the artifact on the target."""
+        return self.target.formats[self.format]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +91,15 @@ def prepare_spec(
     """Plan an export of a model that is already read; see `prepare`."""
     target_name, device = load_target(target)
     chosen = _choose_format(format_, target_name, device)
-    if not recipe and chosen not in device.recipes:
-        raise UsageError(f"target {target_name} names no recipe for {chosen}", "give one: --recipe NAME")
-    recipe_name, mix = load_recipe(recipe or device.recipes[chosen])
+    recipe_name, mix = load_recipe(recipe or device.formats[chosen].recipe)
     if chosen not in mix.formats:
         raise UnsupportedError(
             f"recipe {recipe_name} is for {', '.join(mix.formats)}; target {target_name} takes {chosen}"
         )
     tokens = choose_context(spec, device, context)
     plan = make_plan(spec, recipe_name, mix)
-    return Prepared(plan, mix, target_name, device, estimate_fit(plan, device, tokens), warnings(plan, device, tokens))
+    fit, notes = estimate_fit(plan, device, chosen, tokens), warnings(plan, device, chosen, tokens)
+    return Prepared(plan, mix, target_name, device, chosen, fit, notes)
 
 
 def export(
@@ -136,7 +139,7 @@ def export(
         # from the config: what will be refused is refused before gigabytes are fetched
         ready = prepare_spec(resolve_spec(name, report), target, recipe, context, format_)
         if not force:
-            require_fit(ready.plan, ready.fit, ready.target_name, ready.target)
+            require_fit(ready.plan, ready.fit, ready.target_name, ready.target, ready.format)
         folder = out or Path("dist") / f"{ready.plan.model.name.lower()}-{ready.target_name}"
         require_free(folder, force)
         source = resolve(name, report)
@@ -144,30 +147,22 @@ def export(
         spec = parse_config(source.config, source.generation_config, source.name)
         source.check(spec)
         ready = prepare_spec(spec, target, recipe, context, format_)
-        vocabulary = load_tokenizer(source.path, spec)
         limit = split_max_size or (ready.target.files.max_bytes if ready.target.files else None)
+        name_ = f"{source.name}-{ready.plan.recipe}"
+        job = Job(ready.plan, ready.recipe, source, ready.runtime, ready.fit.context, name_, limit)
+        emitter = open_emitter(ready.format, job)
         with new_folder(folder, lambda: require_free(folder, force)) as partial:
             with (
                 stages("quantize", ready.plan.weight_bytes) as advance,
                 source.each_read_once(spec),
                 closing(quantize(source, ready.plan, threads)) as stream,
             ):
-                files = gguf.emit(
-                    ready.plan,
-                    source.source,
-                    vocabulary,
-                    stream,
-                    partial,
-                    f"{source.name}-{ready.plan.recipe}",
-                    file_type=ready.recipe.gguf_file_type,
-                    generation_config=source.generation_config,
-                    split_max_size=limit,
-                    on_bytes=advance,
-                )
-            notes = [*ready.notes, *gguf.notes(spec, vocabulary)]
+                files = emitter.emit(stream, partial, advance)
+            notes = [*ready.notes, *emitter.notes]
             written = [{"name": f.path.name, "bytes": f.bytes, "sha256": f.sha256} for f in files]
             inputs = _describe_inputs(source, stages)
-            manifest.write_json(partial / manifest.NAME, _manifest(name, source.source, ready, written, inputs, notes))
+            content = _manifest(name, source.source, ready, written, inputs, notes, emitter.requires)
+            manifest.write_json(partial / manifest.NAME, content)
     paths = [folder / f.path.name for f in files]
     return Exported(folder, paths[0], paths, ready, notes)
 
@@ -223,7 +218,7 @@ def validate_artifact(
         chunks=chunks,
         gates=device.gates,
         context=said.get("context") or device.context,
-        kv_type=device.kv_cache,
+        kv_type=device.formats[said.get("format", "gguf")].kv_cache,
         threads=threads,
         name=source.name,
         source=source.source,
@@ -289,13 +284,7 @@ def _not_ours(folder: Path) -> list[str]:
 
 def _choose_format(wanted: Format | None, target_name: str, target: Target) -> Format:
     """The artifact format: the wanted one, or the first that the target takes."""
-    chosen = wanted or target.formats[0]
-    if chosen not in names("emitters"):
-        raise UnsupportedError(
-            f"target {target_name} takes {', '.join(target.formats)}; this version of phi3edge writes "
-            f"{', '.join(names('emitters'))} only",
-            "choose a target that takes gguf: phi3edge targets",
-        )
+    chosen = wanted or next(iter(target.formats))
     if chosen not in target.formats:
         raise UnsupportedError(f"target {target_name} takes {', '.join(target.formats)}, not {chosen}")
     return chosen
@@ -309,7 +298,13 @@ def _describe_inputs(source: Checkpoint, stages: Stages) -> list[JSON]:
 
 
 def _manifest(
-    name: str, source: Source, ready: Prepared, files: list[JSON], inputs: list[JSON], notes: list[str]
+    name: str,
+    source: Source,
+    ready: Prepared,
+    files: list[JSON],
+    inputs: list[JSON],
+    notes: list[str],
+    requires: dict[str, str],
 ) -> JSON:
     """What was made, from what, how. Holds nothing that differs between two runs on the same inputs."""
     spec = ready.plan.model
@@ -324,7 +319,8 @@ def _manifest(
             "revision": source.revision,
             "licence": source.licence,
         },
-        "format": "gguf",
+        "format": ready.format,
+        "requires": requires,
         "files": files,
         "target": ready.target_name,
         "context": ready.fit.context,

@@ -43,6 +43,8 @@ class _Manifest(BaseModel):
     context: int = Field(gt=0)
     recipe: _Recipe
     notes: list[str]
+    format: Literal["gguf", "onnx"] = "gguf"
+    requires: dict[str, str] = {}
 
 
 def write_json(path: Path, content: Any) -> None:

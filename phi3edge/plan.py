@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from phi3edge.codecs import is_float, row_bytes
 from phi3edge.errors import DoesNotFitError, UnsupportedError
 from phi3edge.recipes import Recipe, shipped_recipes
-from phi3edge.targets import KV_BYTES, Target
+from phi3edge.targets import KV_BYTES, Format, Target
 from phi3edge.types import JSON, ROLES, ModelSpec, QuantPlan, TensorPlan, TensorSpec
 from phi3edge.units import size
 
@@ -103,15 +103,15 @@ class Fit:
         return self.total <= self.limit
 
 
-def estimate_fit(plan: QuantPlan, target: Target, context: int) -> Fit:
-    """Memory and speed limit of a plan on a target with a KV cache for `context` tokens.
+def estimate_fit(plan: QuantPlan, target: Target, format_: Format, context: int) -> Fit:
+    """Memory and speed limit of a plan in a format on a target, with a KV cache for `context` tokens.
 
     KV cache: 2 x layers x KV heads x head size numbers a token. Scratch: the float32 activations of a micro-batch that
     llama.cpp keeps at once (logits, gate and up, four hidden states). A decoded token reads every weight but the
     embedding (one row of it), and the keys and values of all tokens before it.
     """
     model = plan.model
-    kv_per_token = int(2 * model.layers * model.kv_heads * model.head_dim * KV_BYTES[target.kv_cache])
+    kv_per_token = int(2 * model.layers * model.kv_heads * model.head_dim * KV_BYTES[target.formats[format_].kv_cache])
     activations = model.vocab_size + 2 * model.intermediate_size + 4 * model.hidden_size
     scratch = RUNTIME_BYTES + 4 * min(MICRO_BATCH, context) * activations
     free = target.memory.app - plan.weight_bytes - RUNTIME_BYTES
@@ -148,23 +148,25 @@ def choose_context(model: ModelSpec, target: Target, wanted: int | None) -> int:
     return wanted
 
 
-def warnings(plan: QuantPlan, target: Target, context: int) -> list[str]:
-    """What an engineer should know before shipping this plan on this target."""
-    notes = list(target.notes)
+def warnings(plan: QuantPlan, target: Target, format_: Format, context: int) -> list[str]:
+    """What an engineer should know before shipping this plan in this format on this target."""
+    runtime = target.formats[format_]
+    notes = [*target.notes, *runtime.notes]
     window = plan.model.sliding_window
-    if window is not None and context > window and "gguf" in target.formats:
+    if window is not None and context > window and format_ == "gguf":
         notes.append(
             f"The model attends to the last {window} tokens; llama.cpp ignores that window, so beyond {window} tokens "
             "of context its answers differ from the reference."
         )
     fallbacks = sorted({(t.wanted, t.codec) for t in plan.tensors if t.wanted})
     notes += [f"Rows that are no whole blocks of {wanted} are written as {codec}." for wanted, codec in fallbacks]
-    if target.codecs and (odd := sorted({t.codec for t in plan.tensors if not is_float(t.codec)} - set(target.codecs))):
-        notes.append(f"The target's runtime has no kernel for {', '.join(odd)}.")
+    if runtime.codecs:
+        odd = sorted({t.codec for t in plan.tensors if not is_float(t.codec)} - set(runtime.codecs))
+        notes += [f"{runtime.name} has no kernel for {codec}." for codec in odd]
     return notes
 
 
-def require_fit(plan: QuantPlan, fit: Fit, target_name: str, target: Target) -> None:
+def require_fit(plan: QuantPlan, fit: Fit, target_name: str, target: Target, format_: Format) -> None:
     """Raise unless the plan fits its target; the hint names what would.
 
     Raises:
@@ -176,9 +178,9 @@ def require_fit(plan: QuantPlan, fit: Fit, target_name: str, target: Target) -> 
     if fit.largest_context >= 256:
         options.append(f"--context {fit.largest_context // 256 * 256}")
     for name, recipe in shipped_recipes().items():
-        if name != plan.recipe and set(recipe.formats) & set(target.formats):
+        if name != plan.recipe and format_ in recipe.formats:
             other = make_plan(plan.model, name, recipe)
-            if other.weight_bytes < plan.weight_bytes and estimate_fit(other, target, fit.context).fits:
+            if other.weight_bytes < plan.weight_bytes and estimate_fit(other, target, format_, fit.context).fits:
                 options.append(f"--recipe {name}")
     raise DoesNotFitError(
         f"{plan.model.name} as {plan.recipe} does not fit {target_name}: weights {size(fit.weights)} + KV cache "

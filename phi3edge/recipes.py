@@ -9,9 +9,9 @@ from pydantic import Field, field_validator, model_validator
 
 from phi3edge import _toml
 from phi3edge._toml import Strict
-from phi3edge.codecs import holds, is_float
+from phi3edge.codecs import codec_names, holds, is_float
 from phi3edge.errors import ConfigError
-from phi3edge.registry import did_you_mean, names
+from phi3edge.registry import did_you_mean
 from phi3edge.types import ROLES, TensorSpec
 
 GROUPS = ("linear", "norm")
@@ -19,8 +19,8 @@ GROUPS = ("linear", "norm")
 
 
 def _known_codec(name: str) -> str:
-    if name not in names("codecs"):
-        raise ValueError(f"unknown codec {name!r}; {did_you_mean(name, names('codecs'))}")
+    if name not in codec_names():
+        raise ValueError(f"unknown codec {name!r}; {did_you_mean(name, codec_names())}")
     return name
 
 

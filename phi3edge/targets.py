@@ -8,14 +8,21 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from phi3edge import _toml
 from phi3edge._toml import Strict
+from phi3edge.codecs import codec_names
 from phi3edge.errors import UsageError
-from phi3edge.registry import did_you_mean, names
+from phi3edge.registry import did_you_mean
 from phi3edge.units import parse_size
 
 Format = Literal["gguf", "onnx"]
 
-KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
-"""Bytes that one number of the KV cache takes, scales included."""
+Provider = Literal["cpu", "dml", "webgpu"]
+"""ONNX Runtime's execution providers that a graph can be made for."""
+
+KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32, "int8": 1.0}
+"""Bytes that one number of the KV cache takes, scales included; int8's are a few a channel for the whole cache."""
+
+KV_TYPES = {"gguf": ("f32", "f16", "q8_0", "q4_0"), "onnx": ("f32", "f16", "int8")}
+"""Types that a KV cache can have, by format."""
 
 
 def _size(value: Any) -> Any:
@@ -30,8 +37,8 @@ def _size(value: Any) -> Any:
 def _known_codecs(value: tuple[str, ...]) -> tuple[str, ...]:
     """For a validator: refuses a codec that does not exist."""
     for name in value:
-        if name not in names("codecs"):
-            raise ValueError(f"unknown codec {name!r}; {did_you_mean(name, names('codecs'))}")
+        if name not in codec_names():
+            raise ValueError(f"unknown codec {name!r}; {did_you_mean(name, codec_names())}")
     return value
 
 
@@ -71,34 +78,58 @@ class Files(Strict):
     source: str
 
 
+class Runtime(Strict):
+    """What runs artifacts of one format on the target, and how.
+
+    Attributes:
+        name: for people.
+        recipe: the default recipe.
+        kv_cache: type of the KV cache.
+        provider: ONNX Runtime's execution provider, for format onnx.
+        codecs: codecs that it has kernels for, or empty for all of the format.
+        runs_here: whether the runtime that validates here is the one that runs there, be it on another CPU.
+        notes: what an engineer should know before shipping there.
+    """
+
+    name: str
+    recipe: str
+    kv_cache: Literal["f32", "f16", "q8_0", "q4_0", "int8"]
+    provider: Provider = "cpu"
+    codecs: tuple[str, ...] = ()
+    runs_here: bool = True
+    notes: tuple[str, ...] = ()
+
+    _codecs = field_validator("codecs")(_known_codecs)
+
+
 class Target(Strict):
     """A target file.
 
     Attributes:
-        runtime: what runs the artifact there, for people.
-        formats: artifact formats that the runtime takes, the preferred one first.
-        codecs: codecs that the runtime has kernels for, or empty for all of the format.
-        recipes: default recipe by format.
+        formats: what runs the artifact there by its format, the preferred one first.
         context: default number of tokens that the KV cache must hold.
-        kv_cache: type of the KV cache.
-        notes: what an engineer should know before shipping there.
+        notes: what an engineer should know before shipping there, whatever the format.
         gates: metric to limit; see phi3edge.validate for the metrics.
     """
 
     summary: str
-    runtime: str
-    formats: tuple[Format, ...] = Field(min_length=1)
-    codecs: tuple[str, ...] = ()
-    recipes: dict[Format, str] = {}
+    formats: dict[Format, Runtime] = Field(min_length=1)
     context: int = Field(gt=0)
-    kv_cache: Literal["f32", "f16", "q8_0", "q4_0"]
     memory: Memory
     bandwidth: Bandwidth
     files: Files | None = None
     notes: tuple[str, ...] = ()
     gates: dict[str, float] = {}
 
-    _codecs = field_validator("codecs")(_known_codecs)
+    @field_validator("formats")
+    @classmethod
+    def _kv_caches(cls, value: dict[Format, Runtime]) -> dict[Format, Runtime]:
+        for name, runtime in value.items():
+            if runtime.kv_cache not in KV_TYPES[name]:
+                raise ValueError(f"kv_cache of {name} is one of {', '.join(KV_TYPES[name])}")
+            if name != "onnx" and "provider" in runtime.model_fields_set:
+                raise ValueError(f"provider is for onnx, not {name}")
+        return value
 
 
 def load_target(name: str) -> tuple[str, Target]:

@@ -160,6 +160,7 @@ class Quantized:
         mins: like `scales`, for formats with a minimum per block; else None.
         super_scales: float32, shape (rows, super-blocks), for super-block formats; else None.
         super_mins: like `super_scales`, for formats with a minimum; else None.
+        zero_points: one per block, shape (rows, blocks): the code that stands for 0, for affine codecs that have one.
     """
 
     codec: str
@@ -168,6 +169,7 @@ class Quantized:
     mins: np.ndarray | None = None
     super_scales: np.ndarray | None = None
     super_mins: np.ndarray | None = None
+    zero_points: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,8 @@ from pathlib import Path
 
 TEMPLATE = """
 summary = "a toaster"
-runtime = "llama.cpp"
-formats = ["gguf"]
-recipes = {{ gguf = "q8_0" }}
+formats = {{ gguf = {{ name = "llama.cpp", recipe = "q8_0", kv_cache = "f16" }} }}
 context = 512
-kv_cache = "f16"
 gates = {{ {gates} }}
 
 [memory]

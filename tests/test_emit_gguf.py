@@ -16,7 +16,7 @@ import pytest
 from _models import GROUPED, TIED, Shape, phi3_config
 from _tokenizers import ASSISTANT, END, ENDOFTEXT, PIECES, TEMPLATE, write_sentencepiece
 
-from phi3edge.emitters import gguf
+from phi3edge.emitters import WrittenFile, gguf
 from phi3edge.errors import CheckpointError, OutputError, UnsupportedError, UsageError
 from phi3edge.families import phi3
 from phi3edge.gguf_file import ValueType, read_header
@@ -65,9 +65,9 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
     return load_tokenizer(folder, spec())
 
 
-def emit(plan: QuantPlan, vocabulary: Vocabulary, folder: Path, **options: Any) -> list[gguf.WrittenFile]:
+def emit(plan: QuantPlan, vocabulary: Vocabulary, folder: Path, **options: Any) -> list[WrittenFile]:
     data = options.pop("data", None) or stream(plan)
-    return gguf.emit(plan, SOURCE, vocabulary, data, folder, "model", file_type=1, **options)
+    return gguf.write(plan, SOURCE, vocabulary, data, folder, "model", file_type=1, **options)
 
 
 CHILD = """

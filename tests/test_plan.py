@@ -7,8 +7,7 @@ from _models import MHA, TIED, Shape, phi3_config
 from _targets import write_target
 from test_families import MINI_4K
 
-from phi3edge.build import prepare_spec
-from phi3edge.codecs import bits_per_weight, codec, holds, row_bytes
+from phi3edge.codecs import codec, holds, row_bytes
 from phi3edge.errors import ConfigError, DoesNotFitError, UnsupportedError, UsageError
 from phi3edge.families import parse_config
 from phi3edge.plan import choose_context, estimate_fit, make_plan, require_fit, summarize, warnings
@@ -32,7 +31,7 @@ def test_row_bytes():
     assert row_bytes("q4_0", 3072) == 3072 // 32 * 18
     assert row_bytes("q4_k", 3072) == 3072 // 256 * 144
     assert row_bytes("bf16", 10) == 20
-    assert bits_per_weight("q6_k") == 6.5625
+    assert 8 * row_bytes("q6_k", 256) / 256 == 6.5625
     assert holds("q4_0", 576)
     assert not holds("q4_k", 576)
 
@@ -69,7 +68,7 @@ def test_rows_that_are_no_whole_blocks_get_the_declared_fallback():
     head = next(t for t in plan.tensors if t.tensor.role == "head")
     assert (head.codec, head.wanted) == ("q8_0", "q6_k")
     _, target = load_target("cpu")
-    assert any("q5_0" in line for line in warnings(plan, target, 512))
+    assert any("q5_0" in line for line in warnings(plan, target, "gguf", 512))
 
 
 def test_a_row_that_nothing_holds_is_an_error(tmp_path):
@@ -93,7 +92,7 @@ def test_plan_bytes_are_the_sum_of_rows():
 def test_kv_cache_of_mini_is_what_the_arithmetic_says():
     """2 x 32 layers x 32 heads x 96 x 2 bytes x 4096 tokens = 1.61 GB."""
     _, target = load_target("cpu")
-    fit = estimate_fit(plan_of("q4_k_m"), target, 4096)
+    fit = estimate_fit(plan_of("q4_k_m"), target, "gguf", 4096)
     assert fit.kv_cache == 1_610_612_736
     assert fit.fits
     assert fit.largest_context == 4096
@@ -102,10 +101,10 @@ def test_kv_cache_of_mini_is_what_the_arithmetic_says():
 def test_what_does_not_fit_names_what_would():
     _, target = load_target("iphone")
     plan = plan_of("q8_0")
-    fit = estimate_fit(plan, target, 2048)
+    fit = estimate_fit(plan, target, "gguf", 2048)
     assert not fit.fits
     with pytest.raises(DoesNotFitError) as error:
-        require_fit(plan, fit, "iphone", target)
+        require_fit(plan, fit, "iphone", target, "gguf")
     assert "--recipe q4_k_m" in error.value.hint
     assert "--recipe q6_k" not in error.value.hint
 
@@ -113,16 +112,16 @@ def test_what_does_not_fit_names_what_would():
 def test_the_largest_context_fits_and_one_more_does_not():
     _, target = load_target("iphone")
     plan = plan_of("q4_k_m")
-    largest = estimate_fit(plan, target, 2048).largest_context
+    largest = estimate_fit(plan, target, "gguf", 2048).largest_context
     assert 0 < largest < 4096
-    assert estimate_fit(plan, target, largest).fits
-    assert not estimate_fit(plan, target, largest + 1).fits
+    assert estimate_fit(plan, target, "gguf", largest).fits
+    assert not estimate_fit(plan, target, "gguf", largest + 1).fits
 
 
 def test_the_roofline_leaves_the_embedding_out():
     _, target = load_target("iphone")
     plan = plan_of("q4_k_m")
-    fit = estimate_fit(plan, target, 2048)
+    fit = estimate_fit(plan, target, "gguf", 2048)
     read = plan.weight_bytes - plan.tensors[0].bytes
     assert fit.roofline_tokens_per_s == pytest.approx(51.2e9 / read)
     assert fit.roofline_full_tokens_per_s < fit.roofline_tokens_per_s
@@ -131,9 +130,9 @@ def test_the_roofline_leaves_the_embedding_out():
 def test_a_context_beyond_the_window_is_noted_for_gguf():
     _, target = load_target("cpu")
     plan = plan_of("q4_k_m")
-    assert any("2047" in line for line in warnings(plan, target, 4096))
-    assert any("2047" in line for line in warnings(plan, target, 2048))
-    assert not any("2047" in line for line in warnings(plan, target, 2047))
+    assert any("2047" in line for line in warnings(plan, target, "gguf", 4096))
+    assert any("2047" in line for line in warnings(plan, target, "gguf", 2048))
+    assert not any("2047" in line for line in warnings(plan, target, "gguf", 2047))
 
 
 def test_a_context_beyond_the_model_is_refused():
@@ -144,11 +143,11 @@ def test_a_context_beyond_the_model_is_refused():
         choose_context(MINI, target, 8192)
 
 
-def test_every_mini_target_of_gguf_fits_with_its_defaults():
+def test_mini_fits_every_target_with_its_defaults():
     for name, target in shipped_targets().items():
-        if "gguf" in target.formats:
-            plan = plan_of(target.recipes["gguf"])
-            assert estimate_fit(plan, target, choose_context(MINI, target, None)).fits, name
+        for format_, runtime in target.formats.items():
+            plan = plan_of(runtime.recipe)
+            assert estimate_fit(plan, target, format_, choose_context(MINI, target, None)).fits, (name, format_)
 
 
 def test_shipped_files_are_consistent():
@@ -157,8 +156,8 @@ def test_shipped_files_are_consistent():
     assert names <= set(shipped_recipes())
     for target in shipped_targets().values():
         assert set(target.gates) <= set(METRICS)
-        assert set(target.recipes) <= set(target.formats)
-        assert set(target.recipes.values()) <= set(shipped_recipes())
+        for format_, runtime in target.formats.items():
+            assert format_ in shipped_recipes()[runtime.recipe].formats
     for recipe in shipped_recipes().values():
         for format_ in recipe.formats:
             for name in recipe.codecs.values():
@@ -187,8 +186,10 @@ def test_a_wrong_recipe_is_an_error_that_names_the_key(tmp_path, change, says):
 @pytest.mark.parametrize(
     ("line", "instead", "says"),
     [
-        ('formats = ["gguf"]', "formats = []", "formats"),
-        ("context = 512", 'context = 512\ncodecs = ["q4_9"]', "q4_9"),
+        ("formats = {", "formats = {} # {", "formats"),
+        ('kv_cache = "f16"', 'kv_cache = "f16", codecs = ["q4_9"]', "q4_9"),
+        ('kv_cache = "f16"', 'kv_cache = "int8"', "kv_cache of gguf"),
+        ('kv_cache = "f16"', 'kv_cache = "f16", provider = "dml"', "provider is for onnx"),
         ('summary = "a toaster"', "", "^own.toml: summary is missing$"),
     ],
 )
@@ -197,14 +198,6 @@ def test_a_wrong_target_is_an_error_that_names_the_key(tmp_path, line, instead, 
     own.write_text(own.read_text().replace(line, instead))
     with pytest.raises(ConfigError, match=says):
         load_target(str(own))
-
-
-def test_a_target_without_a_recipe_needs_one_to_be_named(tmp_path):
-    own = write_target(tmp_path / "own.toml")
-    own.write_text(own.read_text().replace("recipes =", "# recipes ="))
-    with pytest.raises(UsageError, match="names no recipe for gguf"):
-        prepare_spec(MINI, str(own))
-    assert prepare_spec(MINI, str(own), "q4_0").plan.recipe == "q4_0"
 
 
 def test_an_unknown_key_names_the_nearest(tmp_path):

@@ -25,9 +25,9 @@ def targets(as_json: JsonOption = False) -> None:
             f"[bold]{name}[/bold]",
             t.summary,
             ", ".join(t.formats),
-            ", ".join(t.recipes.values()) or "-",
+            ", ".join(r.recipe for r in t.formats.values()),
             str(t.context),
-            t.kv_cache,
+            ", ".join(r.kv_cache for r in t.formats.values()),
             size(t.memory.app),
             f"{t.bandwidth.gb_per_s:g} GB/s",
         )

@@ -37,7 +37,7 @@ def plan(
     else:
         stdout.print(render(ready))
     if not force:
-        require_fit(ready.plan, ready.fit, ready.target_name, ready.target)
+        require_fit(ready.plan, ready.fit, ready.target_name, ready.target, ready.format)
 
 
 def describe(ready: Prepared) -> dict[str, object]:
@@ -48,7 +48,7 @@ def describe(ready: Prepared) -> dict[str, object]:
         "family": model.family,
         "parameters": model.parameters,
         "target": ready.target_name,
-        "runtime": ready.target.runtime,
+        "runtime": ready.runtime.name,
     }
 
 
@@ -76,7 +76,7 @@ def render(ready: Prepared) -> Group:
 
     memory = table("memory (estimate)", ">bytes", "")
     memory.add_row("weights", size(fit.weights), "")
-    memory.add_row("KV cache", size(fit.kv_cache), f"{fit.context} tokens, {ready.target.kv_cache}")
+    memory.add_row("KV cache", size(fit.kv_cache), f"{fit.context} tokens, {ready.runtime.kv_cache}")
     memory.add_row("scratch", size(fit.scratch), "activations of 512 tokens, the runtime itself")
     verdict = "[green]fits[/green]" if fit.fits else "[bold red]does not fit[/bold red]"
     memory.add_row("[bold]all[/bold]", f"[bold]{size(fit.total)}[/bold]", f"of {size(fit.limit)}: {verdict}")

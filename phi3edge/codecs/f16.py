@@ -13,7 +13,7 @@ NAME = "f16"
 BLOCK_SIZE = 1
 BLOCK_BYTES = 2
 GGML_TYPE = 1
-FORMATS = ("gguf",)
+FORMATS = ("gguf", "onnx")
 
 
 def quantize(weight: np.ndarray, importance: np.ndarray | None = None) -> Quantized:

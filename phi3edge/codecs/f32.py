@@ -13,7 +13,7 @@ NAME = "f32"
 BLOCK_SIZE = 1
 BLOCK_BYTES = 4
 GGML_TYPE = 0
-FORMATS = ("gguf",)
+FORMATS = ("gguf", "onnx")
 
 
 def quantize(weight: np.ndarray, importance: np.ndarray | None = None) -> Quantized:

@@ -19,20 +19,20 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from phi3edge.codecs import codec, is_float
+from phi3edge.emitters import Job, Stream, WrittenFile
 from phi3edge.errors import CheckpointError, OutputError, UnsupportedError, UsageError
 from phi3edge.files import sync_folder
 from phi3edge.gguf_file import DEFAULT_ALIGNMENT, ValueType, write_header
-from phi3edge.tokenizer import AddedToken, Vocabulary
+from phi3edge.tokenizer import AddedToken, Vocabulary, load_tokenizer
 from phi3edge.types import JSON, ModelSpec, QuantPlan, Source, TensorPlan, TensorSpec
 
 ARCHITECTURE = "phi3"
@@ -80,19 +80,41 @@ SAMPLING = {
 """Key and kind under `general.sampling` by generation_config.json's key."""
 
 Metadata = dict[str, tuple[ValueType, Any]]
-Stream = Iterable[tuple[TensorPlan, Iterable[Any]]]
 
 
-@dataclass(frozen=True, slots=True)
-class WrittenFile:
-    """A finished file, its size in bytes and the SHA-256 of its content, in hexadecimal."""
+class Emitter:
+    """Writes a GGUF file, or numbered parts of one; see phi3edge.emitters.Emitter.
 
-    path: Path
-    bytes: int
-    sha256: str
+    Raises:
+        UnsupportedError: a model or tokenizer that llama.cpp's `phi3` cannot hold.
+        CheckpointError: a tokenizer that cannot be read.
+    """
+
+    requires: dict[str, str] = {}
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._vocabulary = load_tokenizer(job.checkpoint.path, job.plan.model)
+        self.notes = notes(job.plan.model, self._vocabulary)
+
+    def emit(self, stream: Stream, folder: Path, on_bytes: Callable[[int], None] | None = None) -> list[WrittenFile]:
+        """Write `<name>.gguf` or its parts; see `write`."""
+        job = self._job
+        return write(
+            job.plan,
+            job.checkpoint.source,
+            self._vocabulary,
+            stream,
+            folder,
+            job.name,
+            file_type=job.recipe.gguf_file_type,
+            generation_config=job.checkpoint.generation_config,
+            split_max_size=job.split_max_size,
+            on_bytes=on_bytes,
+        )
 
 
-def emit(
+def write(
     plan: QuantPlan,
     source: Source,
     vocabulary: Vocabulary,
