@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import tempfile
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +15,7 @@ import numpy as np
 
 from phi3edge import __version__, manifest, recipes
 from phi3edge.checkpoint import SMALL_FILES
-from phi3edge.emitters import Job, open_emitter
+from phi3edge.emitters import FILES, Job, open_emitter
 from phi3edge.errors import MissingExtraError, OutputError, UnsupportedError, UsageError
 from phi3edge.families import parse_config
 from phi3edge.files import new_folder, sha256, write_text
@@ -21,15 +23,25 @@ from phi3edge.plan import Fit, choose_context, estimate_fit, make_plan, require_
 from phi3edge.progress import Stages, reporting, silent
 from phi3edge.quantize import quantize
 from phi3edge.recipes import Recipe, load_recipe
+from phi3edge.registry import load
 from phi3edge.sources import resolve, resolve_spec
 from phi3edge.targets import Format, Runtime, Target, load_target
 from phi3edge.types import JSON, ModelSpec, QuantPlan, Source
 
 if TYPE_CHECKING:
     from phi3edge.checkpoint import Checkpoint
+    from phi3edge.comparison import Comparison
     from phi3edge.report import Report
 
 REPORT_NAME = "report.json"
+COMPARISON_NAME = "comparison.json"
+RUNNERS = {"gguf": "llama_cpp", "onnx": "ort_genai"}
+"""The runner's file by format."""
+
+NOT_RUN = (
+    "its graph was checked against the operators and types that it documents; the same graph and weights ran here on "
+    "ONNX Runtime's CPU provider, which these figures are of"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +68,8 @@ class Exported:
 
     Attributes:
         folder: where it is.
-        artifact: the file that a runtime opens: the GGUF file, or the first part of a split one.
-        files: all files that hold the model.
+        artifact: the file that a runtime opens: the GGUF file or the first part of a split one, or model.onnx.
+        files: all files of it.
     """
 
     folder: Path
@@ -90,7 +102,7 @@ def prepare_spec(
 ) -> Prepared:
     """Plan an export of a model that is already read; see `prepare`."""
     target_name, device = load_target(target)
-    chosen = _choose_format(format_, target_name, device)
+    [chosen] = formats_of(target, format_, recipe)
     recipe_name, mix = load_recipe(recipe or device.formats[chosen].recipe)
     if chosen not in mix.formats:
         raise UnsupportedError(
@@ -140,7 +152,7 @@ def export(
         ready = prepare_spec(resolve_spec(name, report), target, recipe, context, format_)
         if not force:
             require_fit(ready.plan, ready.fit, ready.target_name, ready.target, ready.format)
-        folder = out or Path("dist") / f"{ready.plan.model.name.lower()}-{ready.target_name}"
+        folder = out or default_folder(ready)
         require_free(folder, force)
         source = resolve(name, report)
     with source:
@@ -167,6 +179,107 @@ def export(
     return Exported(folder, paths[0], paths, ready, notes)
 
 
+def export_formats(
+    name: str,
+    target: str,
+    formats: Sequence[Format],
+    *,
+    recipe: str | None = None,
+    context: int | None = None,
+    out: Path | None = None,
+    split_max_size: int | None = None,
+    force: bool = False,
+    threads: int | None = None,
+    stages: Stages = silent,
+) -> list[Exported]:
+    """Write a checkpoint in several formats for one target, each into a folder of that name within `out`.
+
+    The folders appear together, when all are whole. Arguments and errors are those of `export`.
+    """
+    with reporting(stages) as report:
+        spec = resolve_spec(name, report)
+    for format_ in formats:  # what will be refused is refused before the first one is made
+        ready = prepare_spec(spec, target, recipe, context, format_)
+        if not force:
+            require_fit(ready.plan, ready.fit, ready.target_name, ready.target, format_)
+    folder = out or default_folder(ready)
+    with new_folder(folder, lambda: require_free(folder, force)) as partial:
+        made = [
+            export(
+                name,
+                target,
+                recipe=recipe,
+                context=context,
+                format_=format_,
+                out=partial / format_,
+                split_max_size=split_max_size,
+                force=force,
+                threads=threads,
+                stages=stages,
+            )
+            for format_ in formats
+        ]
+    return [
+        replace(
+            one,
+            folder=folder / one.folder.name,
+            artifact=folder / one.folder.name / one.artifact.name,
+            files=[folder / one.folder.name / path.name for path in one.files],
+        )
+        for one in made
+    ]
+
+
+def default_folder(ready: Prepared) -> Path:
+    """Where an export goes if nobody says otherwise."""
+    return Path("dist") / f"{ready.plan.model.name.lower()}-{ready.target_name}"
+
+
+def artifacts_in(folder: Path) -> list[Path]:
+    """The artifacts' folders within a folder that `export_formats` wrote; empty for anything else."""
+    if not folder.is_dir() or (folder / manifest.NAME).is_file():
+        return []
+    return [folder / name for name in FILES if (folder / name / manifest.NAME).is_file()]
+
+
+def validate_together(
+    folder: Path,
+    checkpoint: str | None = None,
+    target: str | None = None,
+    *,
+    text: Path | None = None,
+    chunks: int = 16,
+    threads: int | None = None,
+    stages: Stages = silent,
+) -> tuple[Comparison, Path | None]:
+    """Validate every artifact in a folder that `export_formats` wrote, and hold them against each other.
+
+    Arguments, result and errors are those of `validate_artifact`; what is written is comparison.json.
+    """
+    from phi3edge.comparison import compare, to_json
+
+    reports, kept, written = {}, {}, []
+    with tempfile.TemporaryDirectory() as work:
+        for part in artifacts_in(folder):
+            kept[part.name] = Path(work) / f"{part.name}.npy"
+            reports[part.name], own = validate_artifact(
+                part,
+                checkpoint,
+                target,
+                text=text,
+                chunks=chunks,
+                threads=threads,
+                keep=kept[part.name],
+                stages=stages,
+            )
+            written.append(own)
+        comparison = compare(reports, kept)
+    if not all(written):
+        return comparison, None
+    write_text(folder / COMPARISON_NAME, to_json(comparison))
+    return comparison, folder / COMPARISON_NAME
+
+
 def validate_artifact(
     artifact: Path,
     checkpoint: str | None = None,
@@ -175,6 +288,7 @@ def validate_artifact(
     text: Path | None = None,
     chunks: int = 16,
     threads: int | None = None,
+    keep: Path | None = None,
     stages: Stages = silent,
 ) -> tuple[Report, Path | None]:
     """Run an artifact beside its reference, hold it against a target's gates, and write its report.json.
@@ -186,6 +300,7 @@ def validate_artifact(
         text: what to score on; None for the documentation inside Python.
         chunks: chunks of 512 tokens of it.
         threads: of the runtime; None for one per usable core.
+        keep: where to write the artifact's log-probabilities; see `phi3edge.validate.validate`.
         stages: shows progress.
 
     Returns:
@@ -201,6 +316,8 @@ def validate_artifact(
 
     if not artifact.exists():
         raise UsageError(f"{artifact} does not exist", "expected a folder that export wrote, or a .gguf file")
+    if found := artifacts_in(artifact):
+        raise UsageError(f"{artifact} holds {len(found)} artifacts", f"name one of them: {found[0]}")
     folder = artifact if artifact.is_dir() else artifact.parent
     described = manifest.read_manifest(folder) if artifact.is_dir() or (folder / manifest.NAME).is_file() else None
     if described is None and (checkpoint is None or target is None):
@@ -211,6 +328,7 @@ def validate_artifact(
     with reporting(stages) as told:
         source = resolve(checkpoint or said["model"]["checkpoint"], told)
     source.close()  # the reference is computed from its folder
+    runtime = device.formats.get(said.get("format", "gguf")) or next(iter(device.formats.values()))
     report = validate(
         folder / said["files"][0]["name"] if artifact.is_dir() else artifact,
         source.path,
@@ -218,10 +336,12 @@ def validate_artifact(
         chunks=chunks,
         gates=device.gates,
         context=said.get("context") or device.context,
-        kv_type=device.formats[said.get("format", "gguf")].kv_cache,
+        kv_type=runtime.kv_cache,
         threads=threads,
         name=source.name,
         source=source.source,
+        not_run=() if runtime.runs_here else (f"{runtime.name}: {NOT_RUN}",),
+        keep=keep,
         stages=stages,
     )
     if described is None or checkpoint is not None or target_name != said["target"]:
@@ -230,22 +350,22 @@ def validate_artifact(
     return report, folder / REPORT_NAME
 
 
-def require_validation(target: str, text: Path | None) -> None:
-    """Raise what `validate_artifact` would raise for a target, a text or missing packages, before time is spent.
+def require_validation(target: str, formats: Sequence[Format], text: Path | None) -> None:
+    """Raise what validating would raise for a target, a text or missing packages, before time is spent.
 
     Raises:
         Phi3EdgeError: a gate on an unknown metric, a text that cannot be read, an extra that is not installed.
     """
     from phi3edge.reference import require_reference
     from phi3edge.report import check_gates
-    from phi3edge.runners.llama_cpp import require_runtime
     from phi3edge.text import read_text
 
     check_gates(load_target(target)[1].gates)
     if text:
         read_text(text)
     require_reference()
-    require_runtime()
+    for format_ in formats:
+        load("runners", RUNNERS[format_]).require_runtime()
 
 
 def require_quantizers() -> None:
@@ -279,14 +399,31 @@ def _not_ours(folder: Path) -> list[str]:
     found = {path.name for path in folder.iterdir()}
     if manifest.NAME in found:
         found -= {manifest.NAME, REPORT_NAME, *(entry["name"] for entry in manifest.read_manifest(folder)["files"])}
-    return sorted(found)
+    parts = artifacts_in(folder)
+    if parts:
+        found -= {COMPARISON_NAME, *(part.name for part in parts)}
+    return sorted([*found, *(f"{part.name}/{name}" for part in parts for name in _not_ours(part))])
 
 
-def _choose_format(wanted: Format | None, target_name: str, target: Target) -> Format:
-    """The artifact format: the wanted one, or the first that the target takes."""
-    chosen = wanted or next(iter(target.formats))
-    if chosen not in target.formats:
-        raise UnsupportedError(f"target {target_name} takes {', '.join(target.formats)}, not {chosen}")
+def formats_of(target: str, wanted: str | None, recipe: str | None = None) -> list[Format]:
+    """The formats to export: the wanted one, or both for "both".
+
+    Without a wanted one it is the first that the target takes and the recipe, if one is named, is for.
+
+    Raises:
+        UsageError: an unknown format.
+        UnsupportedError: a format that the target does not take.
+    """
+    name, device = load_target(target)
+    taken = list(device.formats)
+    if wanted is None:
+        held = load_recipe(recipe)[1].formats if recipe else taken
+        return [format_ for format_ in taken if format_ in held][:1] or taken[:1]
+    if wanted not in (*FILES, "both"):
+        raise UsageError(f"unknown format {wanted!r}", f"one of {', '.join(FILES)}, both")
+    chosen = [format_ for format_ in taken if wanted in (format_, "both")]
+    if not chosen or (wanted == "both" and len(chosen) < len(FILES)):
+        raise UnsupportedError(f"target {name} takes {', '.join(taken)}, not {wanted}", "phi3edge targets lists them")
     return chosen
 
 

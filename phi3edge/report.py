@@ -189,7 +189,11 @@ class Environment(_Part):
 
 
 class Report(_Part):
-    """What a validation found. `passed` holds exactly if every gate does."""
+    """What a validation found. `passed` holds exactly if every gate does.
+
+    Attributes:
+        not_run: one line for everything about the target that these figures do not show, such as a GPU's kernels.
+    """
 
     schema_version: Literal[1] = 1
     passed: bool
@@ -202,6 +206,7 @@ class Report(_Part):
     tokens: Tokens
     answers: list[Answer]
     environment: Environment
+    not_run: list[str] = []
 
     @model_validator(mode="after")
     def _consistent(self) -> Report:
@@ -274,9 +279,9 @@ def render(report: Report) -> Group:
             continue
         table.add_row(
             kind.label,
-            _show(metric.value, kind.unit) if metric else "not measured",
-            _show(metric.standard_error, kind.unit) if metric and metric.standard_error is not None else "",
-            f"{'≤' if gate.sense == 'max' else '≥'} {_show(gate.limit, kind.unit)}" if gate else "",
+            show_value(metric.value, kind.unit) if metric else "not measured",
+            show_value(metric.standard_error, kind.unit) if metric and metric.standard_error is not None else "",
+            f"{'≤' if gate.sense == 'max' else '≥'} {show_value(gate.limit, kind.unit)}" if gate else "",
             Text("") if gate is None else Text("pass", "green") if gate.passed else Text("FAIL", "bold red"),
         )
     protocol, environment = report.protocol, report.environment
@@ -296,6 +301,7 @@ def render(report: Report) -> Group:
         parts.append(Text(f"  checkpoint {mismatch.reference}\n  artifact   {mismatch.artifact}"))
     if missing := sorted(set(report.tokens.eos_ids) - set(report.tokens.eog_ids)):
         parts.append(Text(f"the artifact does not stop at token ids {missing}", "red"))
+    parts += [Text(f"not run: {line}", "yellow") for line in report.not_run]
     if report.passed:
         parts.append(Text(f"passed: {len(report.gates)} of {len(report.gates)} gates", "bold green"))
     else:
@@ -304,7 +310,8 @@ def render(report: Report) -> Group:
     return Group(*parts)
 
 
-def _show(value: float, unit: str) -> str:
+def show_value(value: float, unit: str) -> str:
+    """A figure as a person reads it; `unit` as in Kind."""
     if math.isnan(value):
         return "not a number"
     if unit == "%":

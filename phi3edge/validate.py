@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -103,6 +103,8 @@ def validate(
     timeout: float = 600,
     name: str | None = None,
     source: Source | None = None,
+    not_run: Sequence[str] = (),
+    keep: Path | None = None,
     stages: Stages = silent,
 ) -> Report:
     """Scores an artifact against the checkpoint it was made from.
@@ -120,6 +122,9 @@ def validate(
         timeout: seconds that one answer of the runtime may take.
         name: the checkpoint's name for the report; None for its folder's.
         source: where the checkpoint came from, for the report.
+        not_run: what the figures do not show, for the report.
+        keep: where to write the artifact's own log-probabilities of the scored rows, for `comparison.compare`:
+            a .npy file, float16 of shape (chunks, rows, vocabulary).
         stages: shows progress.
 
     Returns:
@@ -160,7 +165,7 @@ def validate(
 
     reference = reference_pass(checkpoint, ids, prompts, GREEDY_TOKENS, stages)
     with runtime.open(artifact, context=chunk_tokens, plain=True, **options) as runner:
-        scores = _score(runner, ids, reference, stages)
+        scores = _score(runner, ids, reference, keep, stages)
     metrics = scores.metrics()
     compared = [
         _compare(tokenizer, question, theirs, ours)
@@ -201,6 +206,7 @@ def validate(
         tokens=tokens,
         answers=compared,
         environment=_environment(info, reference),
+        not_run=list(not_run),
     )
 
 
@@ -236,6 +242,12 @@ class _Scores:
         }
 
 
+def mean_of(values: Sequence[np.ndarray]) -> Metric:
+    """The mean of figures per token, with its standard error."""
+    flat = np.concatenate(values).astype(np.float64)
+    return _metric(flat.mean(), _error(flat))
+
+
 def _metric(value: float, error: float | None = None) -> Metric:
     return Metric(value=float(value), standard_error=None if error is None else float(error))
 
@@ -245,9 +257,10 @@ def _error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
-def _score(runner: Runner, ids: np.ndarray, reference: Reference, stages: Stages) -> _Scores:
+def _score(runner: Runner, ids: np.ndarray, reference: Reference, keep: Path | None, stages: Stages) -> _Scores:
     """Compares the artifact's distributions with the reference's, a few rows at a time."""
     scores = _Scores()
+    kept = np.lib.format.open_memmap(keep, "w+", np.float16, reference.log_probs.shape) if keep else None
     half = ids.shape[1] // 2
     with stages("score", len(ids)) as advance:
         for i, tokens in enumerate(ids):
@@ -256,6 +269,8 @@ def _score(runner: Runner, ids: np.ndarray, reference: Reference, stages: Stages
                 rows = slice(row, row + len(logits))
                 following = tokens[half + 1 :][rows]
                 log_probs = log_softmax(logits)
+                if kept is not None:
+                    kept[i, rows] = log_probs
                 scores.nll.append(-log_probs[np.arange(len(following)), following].astype(np.float64))
                 scores.reference_nll.append(-reference.text_log_probs[i, rows].astype(np.float64))
                 scores.kl.append(kl_divergence(log_softmax(reference.log_probs[i, rows].astype(np.float32)), log_probs))

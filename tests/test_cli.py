@@ -87,7 +87,7 @@ def test_verify_inspect_and_a_damaged_file(exported, tmp_path):
 def test_inspect_counts_all_parts_of_a_split_artifact(model, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for out, limit in ((whole, "1GB"), (parts, "1500kB")):
-        options = ("-t", "cpu", "-r", "f16", "--no-validate", "-o", out, "--split-max-size", limit)
+        options = ("-t", "android", "-r", "f16", "--no-validate", "-o", out, "--split-max-size", limit)
         assert run("export", model, *options).returncode == 0
     first, second = (json.loads(run("inspect", out, "--json").stdout) for out in (whole, parts))
     assert len(list(parts.glob("*.gguf"))) > 1
@@ -104,7 +104,7 @@ def test_plan_reads_no_weights(model, tmp_path):
     only_config = tmp_path / "tiny"
     only_config.mkdir()
     (only_config / "config.json").write_text((model / "config.json").read_text())
-    done = run("plan", only_config, "--target", "cpu", "--json")
+    done = run("plan", only_config, "--target", "android", "--json")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["fit"]["fits"] is True
@@ -119,7 +119,7 @@ def test_plan_reads_no_weights(model, tmp_path):
         (("export", "demo", "--target", "iphnoe"), "iphone"),
         (("export", "demo", "--recipe", "q4_km"), "q4_k_m"),
         (("export", "demo", "--method", "gptq"), "gptq"),
-        (("export", "demo", "--format", "onnx"), "onnx"),
+        (("export", "demo", "--format", "tflite"), "one of gguf, onnx, both"),
         (("export", "demo", "--format", "zip"), "zip"),
         (("export", "demo", "--budget", "1.8GB"), "budget"),
         (("export", "demo", "--device", "cuda"), "cuda"),
@@ -127,7 +127,7 @@ def test_plan_reads_no_weights(model, tmp_path):
         (("export", "demo", "--split-max-size", "0"), "'0'"),
         (("export", "demo", "--text", "nowhere.txt"), "nowhere.txt"),
         (("export", "demo", "--out", "."), "working folder"),
-        (("export", "demo", "--target", "directml"), "onnx"),
+        (("export", "demo", "--target", "directml", "--format", "gguf"), "takes onnx"),
         (("export",), "CHECKPOINT"),
         (("validate", "nowhere.gguf"), "does not exist"),
         (("validate", "/dev/null"), "--checkpoint"),
@@ -191,7 +191,7 @@ def test_a_gate_on_an_unknown_metric_is_found_before_the_export(model, tmp_path)
 
 def test_an_export_that_cannot_be_validated_says_that_it_is_written(model, tmp_path):
     (tmp_path / "short.txt").write_text("too short")
-    done = run("export", model, "-t", "cpu", "--out", tmp_path / "out", "--text", tmp_path / "short.txt")
+    done = run("export", model, "-t", "android", "--out", tmp_path / "out", "--text", tmp_path / "short.txt")
     assert done.returncode == 2
     assert "written, but not validated" in done.stderr
     assert "give a longer text" in done.stderr

@@ -15,6 +15,9 @@ RecipeOption = Annotated[
 ContextOption = Annotated[
     int | None, typer.Option("--context", min=1, help="Tokens that the KV cache must hold; default: the target's.")
 ]
+FormatsOption = Annotated[
+    str | None, typer.Option("--format", "-f", help="gguf, onnx, or both; default: the one that the target prefers.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, no talk.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Worker threads; default: all cores.")]
 TextOption = Annotated[

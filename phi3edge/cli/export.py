@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ from phi3edge.cli._options import (
     CheckpointArg,
     ChunksOption,
     ContextOption,
+    FormatsOption,
     JsonOption,
     RecipeOption,
     TargetOption,
@@ -19,10 +20,10 @@ from phi3edge.cli._options import (
     ThreadsOption,
 )
 from phi3edge.cli._output import note, print_json, progress, say
-from phi3edge.cli.validate import show
+from phi3edge.cli.validate import run_validation, show, to_data
 from phi3edge.errors import Phi3EdgeError, UnsupportedError
 from phi3edge.plan import to_json
-from phi3edge.report import to_data
+from phi3edge.types import JSON
 from phi3edge.units import parse_size, size
 
 METHODS_TO_COME = ("awq", "gptq")
@@ -36,7 +37,7 @@ def export(
         str,
         typer.Option("--method", help="rtn: round to nearest, with a scale search. Not in this version: awq, gptq."),
     ] = "rtn",
-    format_: Annotated[str | None, typer.Option("--format", help="gguf. Not in this version: onnx, both.")] = None,
+    format_: FormatsOption = None,
     context: ContextOption = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default: dist/MODEL-TARGET.")] = None,
     split_max_size: Annotated[
@@ -62,64 +63,70 @@ def export(
     Examples: `phi3edge export demo --target iphone`,
     `phi3edge export microsoft/Phi-3-mini-4k-instruct --target android --recipe q4_0 --no-validate`
     """
-    refuse_what_is_to_come(method, format_, budget, device)
+    refuse_what_is_to_come(method, budget, device)
+    formats = build.formats_of(target, format_, recipe)
     if validation:
-        build.require_validation(target, text)
+        build.require_validation(target, formats, text)
+    arguments: dict[str, Any] = {
+        "recipe": recipe,
+        "context": context,
+        "out": out,
+        "split_max_size": parse_size(split_max_size) if split_max_size is not None else None,
+        "force": force,
+        "threads": threads,
+    }
     with progress(quiet=as_json) as stages:
-        made = build.export(
-            checkpoint,
-            target,
-            recipe=recipe,
-            context=context,
-            format_="gguf" if format_ else None,
-            out=out,
-            split_max_size=parse_size(split_max_size) if split_max_size is not None else None,
-            force=force,
-            threads=threads,
-            stages=stages,
-        )
+        if len(formats) == 1:
+            made = [build.export(checkpoint, target, format_=formats[0], stages=stages, **arguments)]
+            folder = made[0].folder
+        else:
+            made = build.export_formats(checkpoint, target, formats, stages=stages, **arguments)
+            folder = made[0].folder.parent
     if not as_json:
-        for line in made.notes:
-            note(line)
-        total = sum(p.stat().st_size for p in made.files)
-        plan = made.prepared.plan
-        say(f"{made.artifact}: {size(total)}, {plan.recipe}, {plan.bits_per_weight:.2f} bits per weight")
-    report = None
+        for one in made:
+            for line in one.notes:
+                note(line)
+            total = sum(p.stat().st_size for p in one.files)
+            plan = one.prepared.plan
+            say(f"{one.artifact}: {size(total)}, {plan.recipe}, {plan.bits_per_weight:.2f} bits per weight")
+    proof = None
     if validation:
         try:
             with progress(quiet=as_json) as stages:
-                report, written = build.validate_artifact(
-                    made.folder, None, target, text=text, chunks=chunks, threads=threads, stages=stages
-                )
+                proof, written = run_validation(folder, None, target, text, chunks, threads, stages)
         except Phi3EdgeError:
-            note(f"written, but not validated; `phi3edge validate {made.folder}` does it later")
+            note(f"written, but not validated; `phi3edge validate {folder}` does it later")
             raise
         if not as_json:
-            show(report, written)
+            show(proof, written)
     if as_json:
+        described = [describe(one) for one in made]
         print_json(
-            {
-                "folder": str(made.folder),
-                "files": [{"name": p.name, "bytes": p.stat().st_size} for p in made.files],
-                "plan": to_json(made.prepared.plan, made.prepared.fit),
-                "notes": made.notes,
-                "report": to_data(report) if report else None,
-            }
+            {**described[0], "report": to_data(proof)}
+            if len(made) == 1
+            else {"folder": str(folder), "artifacts": described, "comparison": to_data(proof)}
         )
-    if report is not None and not report.passed:
+    if proof is not None and not proof.passed:
         raise typer.Exit(1)
 
 
-def refuse_what_is_to_come(method: str, format_: str | None, budget: str | None, device: str) -> None:
+def describe(made: build.Exported) -> JSON:
+    """An artifact as plain data."""
+    return {
+        "folder": str(made.folder),
+        "format": made.prepared.format,
+        "files": [{"name": p.name, "bytes": p.stat().st_size} for p in made.files],
+        "plan": to_json(made.prepared.plan, made.prepared.fit),
+        "notes": made.notes,
+    }
+
+
+def refuse_what_is_to_come(method: str, budget: str | None, device: str) -> None:
     """Raise UnsupportedError for options whose meaning is fixed, but whose work this version cannot do."""
     if method in METHODS_TO_COME:
         raise UnsupportedError(f"--method {method} needs calibration, which this version does not have", "--method rtn")
     if method != "rtn":
         raise UnsupportedError(f"unknown method {method!r}", "--method rtn")
-    if format_ in ("onnx", "both"):
-        raise UnsupportedError(f"--format {format_}: this version writes GGUF files only", "--format gguf")
-    if format_ not in (None, "gguf"):
-        raise UnsupportedError(f"unknown format {format_!r}", "--format gguf")
     if budget is not None:
         raise UnsupportedError(
             "--budget: this version cannot choose codecs by size", "choose a recipe: phi3edge recipes"

@@ -7,14 +7,17 @@ from typing import Annotated
 
 import typer
 
-from phi3edge import build
+from phi3edge import build, comparison, report
 from phi3edge.cli._options import ChunksOption, JsonOption, TextOption, ThreadsOption
 from phi3edge.cli._output import print_json, progress, say, stdout
-from phi3edge.report import Report, render, to_data
+from phi3edge.comparison import Comparison
+from phi3edge.progress import Stages
+from phi3edge.report import Report
+from phi3edge.types import JSON
 
 
 def validate(
-    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder that export wrote, or a .gguf file.")],
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder that export wrote, or a .gguf file")],
     checkpoint: Annotated[
         str | None, typer.Option("--checkpoint", "-c", help="The reference; default: what the manifest names.")
     ] = None,
@@ -35,19 +38,38 @@ def validate(
     `phi3edge validate model.gguf --checkpoint demo --target iphone --text wiki.test.raw --chunks 40`
     """
     with progress(quiet=as_json) as stages:
-        report, written = build.validate_artifact(
-            artifact, checkpoint, target, text=text, chunks=chunks, threads=threads, stages=stages
-        )
+        found, written = run_validation(artifact, checkpoint, target, text, chunks, threads, stages)
     if as_json:
-        print_json(to_data(report))
+        print_json(to_data(found))
     else:
-        show(report, written)
-    if not report.passed:
+        show(found, written)
+    if not found.passed:
         raise typer.Exit(1)
 
 
-def show(report: Report, written: Path | None) -> None:
-    """The report's table, and where its file is."""
-    stdout.print(render(report))
+def run_validation(
+    artifact: Path,
+    checkpoint: str | None,
+    target: str | None,
+    text: Path | None,
+    chunks: int,
+    threads: int | None,
+    stages: Stages,
+) -> tuple[Report | Comparison, Path | None]:
+    """Validates one artifact, or all of a folder that was exported in several formats."""
+    run = build.validate_together if build.artifacts_in(artifact) else build.validate_artifact
+    return run(artifact, checkpoint, target, text=text, chunks=chunks, threads=threads, stages=stages)
+
+
+def show(found: Report | Comparison, written: Path | None) -> None:
+    """The table of a report or comparison, and where its file is."""
+    stdout.print(report.render(found) if isinstance(found, Report) else comparison.render(found))
     if written:
         say(f"report: {written}")
+
+
+def to_data(found: Report | Comparison | None) -> JSON | None:
+    """A report or comparison as plain data."""
+    if found is None:
+        return None
+    return report.to_data(found) if isinstance(found, Report) else comparison.comparison_data(found)

@@ -1,0 +1,111 @@
+"""Several artifacts of one checkpoint side by side: each against the reference, and each against the others."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from phi3edge._toml import Strict
+from phi3edge.report import METRICS, Metric, Report, show_value, to_data
+from phi3edge.types import JSON
+from phi3edge.validate import kl_divergence, log_softmax, mean_of
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+
+class Pair(Strict):
+    """Two artifacts against each other, on the text of their reports.
+
+    Attributes:
+        a: name of the first, a key of Comparison.reports.
+        b: name of the second.
+        kl_ab: KL(a || b) per token in nats, mean.
+        kl_ba: KL(b || a).
+        top1: share of tokens whose most likely next token is the same.
+    """
+
+    a: str
+    b: str
+    kl_ab: Metric
+    kl_ba: Metric
+    top1: Metric
+
+
+class Comparison(Strict):
+    """What a validation of several artifacts found. `passed` holds exactly if every report's does."""
+
+    schema_version: Literal[1] = 1
+    passed: bool
+    reports: dict[str, Report]
+    pairs: list[Pair]
+
+
+def compare(reports: dict[str, Report], kept: dict[str, Path]) -> Comparison:
+    """Hold artifacts against each other.
+
+    Args:
+        reports: each artifact's report by name; all of one text and protocol.
+        kept: for each of them the file of log-probabilities that `validate` kept.
+    """
+    pairs = [_pair(a, b, kept[a], kept[b]) for a, b in combinations(reports, 2)]
+    return Comparison(passed=all(r.passed for r in reports.values()), reports=reports, pairs=pairs)
+
+
+def _pair(a: str, b: str, kept_a: Path, kept_b: Path) -> Pair:
+    ab, ba, same = [], [], []
+    for rows_a, rows_b in zip(np.load(kept_a, mmap_mode="r"), np.load(kept_b, mmap_mode="r"), strict=True):
+        p, q = log_softmax(rows_a.astype(np.float32)), log_softmax(rows_b.astype(np.float32))
+        ab.append(kl_divergence(p, q))
+        ba.append(kl_divergence(q, p))
+        same.append(p.argmax(-1) == q.argmax(-1))
+    return Pair(a=a, b=b, kl_ab=mean_of(ab), kl_ba=mean_of(ba), top1=mean_of(same))
+
+
+def to_json(comparison: Comparison) -> str:
+    """The comparison as JSON text, indented."""
+    return json.dumps(comparison_data(comparison), indent=2, ensure_ascii=False) + "\n"
+
+
+def comparison_data(comparison: Comparison) -> JSON:
+    """What `to_json` writes, as plain data."""
+    data = json.loads(comparison.model_dump_json(exclude={"reports"}))
+    return {**data, "reports": {name: to_data(report) for name, report in comparison.reports.items()}}
+
+
+def render(comparison: Comparison) -> Group:
+    """One table, a column for each artifact, for rich's console."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    reports = comparison.reports
+    first = next(iter(reports.values()))
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("")
+    for name in reports:
+        table.add_column(name, justify="right")
+    for name, kind in METRICS.items():
+        cells = [r.metrics.get(name) for r in reports.values()]
+        if any(cells):
+            table.add_row(kind.label, *(show_value(c.value, kind.unit) if c else "not measured" for c in cells))
+    gates = []
+    for report in reports.values():
+        failed = ", ".join(gate.name for gate in report.gates if not gate.passed)
+        gates.append(Text(f"FAIL: {failed}", "bold red") if failed else Text("passed", "green"))
+    table.add_row("gates", *gates)
+    pairs = [
+        Text(
+            f"{pair.a} and {pair.b} against each other: KL {show_value(pair.kl_ab.value, 'nats')} and "
+            f"{show_value(pair.kl_ba.value, 'nats')}, same most likely token {show_value(pair.top1.value, '%')}"
+        )
+        for pair in comparison.pairs
+    ]
+    text = f"{first.protocol.scored_tokens} tokens of {first.text.name}; {first.environment.cpu}"
+    head = Text.assemble((first.checkpoint.name, "bold"), f", KL and perplexity against it in float32\n{text}\n")
+    notes = [Text(f"{name}: {line}", "yellow") for name, r in reports.items() for line in r.not_run]
+    return Group(head, table, Text(), *pairs, *notes)
