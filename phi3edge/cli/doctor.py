@@ -20,6 +20,10 @@ from phi3edge.units import size
 
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "gguf": (("numba",), "write GGUF files: the quantizers"),
+    "onnx": (
+        ("numba", "onnxruntime", "onnxruntime-genai", "onnx-ir", "torch", "transformers"),
+        "write and run ONNX Runtime GenAI folders",
+    ),
     "llama-cpp": (("llama-cpp-python",), "run GGUF files: llama.cpp"),
     "reference": (("torch", "transformers", "sentencepiece"), "compare with the checkpoint: the float32 reference"),
 }
