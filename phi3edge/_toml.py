@@ -1,4 +1,4 @@
-"""Strict loading of the TOML files that users write: recipes, targets."""
+"""Strict loading of the TOML files that users write: recipes, targets; and providers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ M = TypeVar("M", bound=Strict)
 
 @cache
 def shipped(kind: str) -> dict[str, Path]:
-    """The files of a kind ("recipes", "targets") that come with phi3edge, by name, sorted."""
+    """The files of a kind ("providers", "recipes", "targets") that come with phi3edge, by name, sorted."""
     inside = Path(__file__).parent
     folder = inside / kind if (inside / kind).is_dir() else inside.parent / kind
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
