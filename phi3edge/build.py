@@ -19,7 +19,16 @@ from phi3edge.emitters import FILES, Job, open_emitter
 from phi3edge.errors import MissingExtraError, OutputError, UnsupportedError, UsageError
 from phi3edge.families import parse_config
 from phi3edge.files import new_folder, sha256, write_text
-from phi3edge.plan import Fit, choose_context, estimate_fit, make_plan, require_fit, summarize, warnings
+from phi3edge.plan import (
+    Fit,
+    choose_context,
+    estimate_fit,
+    make_plan,
+    require_fit,
+    require_kernels,
+    summarize,
+    warnings,
+)
 from phi3edge.progress import Stages, reporting, silent
 from phi3edge.quantize import quantize
 from phi3edge.recipes import Recipe, load_recipe
@@ -108,8 +117,9 @@ def prepare_spec(
         raise UnsupportedError(
             f"recipe {recipe_name} is for {', '.join(mix.formats)}; target {target_name} takes {chosen}"
         )
-    tokens = choose_context(spec, device, context)
+    tokens = choose_context(spec, device, chosen, context)
     plan = make_plan(spec, recipe_name, mix)
+    require_kernels(plan, target_name, device, chosen)
     fit, notes = estimate_fit(plan, device, chosen, tokens), warnings(plan, device, chosen, tokens)
     return Prepared(plan, mix, target_name, device, chosen, fit, notes)
 
@@ -423,7 +433,8 @@ def formats_of(target: str, wanted: str | None, recipe: str | None = None) -> li
         raise UsageError(f"unknown format {wanted!r}", f"one of {', '.join(FILES)}, both")
     chosen = [format_ for format_ in taken if wanted in (format_, "both")]
     if not chosen or (wanted == "both" and len(chosen) < len(FILES)):
-        raise UnsupportedError(f"target {name} takes {', '.join(taken)}, not {wanted}", "phi3edge targets lists them")
+        reason = next(iter(device.without.values()), "phi3edge targets lists them")
+        raise UnsupportedError(f"target {name} takes {', '.join(taken)}, not {wanted}", reason)
     return chosen
 
 

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from phi3edge.codecs import is_float, row_bytes
+from phi3edge.codecs import codec, codec_names, is_float, row_bytes
 from phi3edge.errors import DoesNotFitError, UnsupportedError
+from phi3edge.providers import codecs_for, load_provider
 from phi3edge.recipes import Recipe, shipped_recipes
-from phi3edge.targets import KV_BYTES, Format, Target
+from phi3edge.targets import KV_BYTES, Format, Runtime, Target
 from phi3edge.types import JSON, ROLES, ModelSpec, QuantPlan, TensorPlan, TensorSpec
 from phi3edge.units import size
 
 MICRO_BATCH = 512
-"""Prompt tokens that llama.cpp computes at once by default (n_ubatch)."""
+"""Prompt tokens that llama.cpp computes at once by default (n_ubatch). ONNX Runtime GenAI computes them all at once."""
+
+SCALE_BYTES = 4
+"""A block's scale in memory on ONNX Runtime's CPU provider: float32, whatever the file holds."""
+
+BLOCK_SUM_BYTES = 4
+"""What the CPU provider packs beside each block's codes: a float32 sum (onnxruntime core/mlas/lib/qnbitgemm.cpp)."""
 
 RUNTIME_BYTES = 64 * 2**20
 """What a runtime takes besides weights, KV cache and scratch: code, vocabulary, graph. Measured near 50 MiB."""
@@ -75,8 +82,10 @@ class Fit:
     """A plan's memory on a target, in bytes, and its speed limit there. Estimates, before anything is run.
 
     Attributes:
+        weights: as they lie in the runtime's memory.
         kv_cache: for `context` tokens, in the target's KV-cache type.
-        scratch: activations of one micro-batch, and the runtime itself.
+        scratch: activations of `prompt` tokens, and the runtime itself.
+        prompt: tokens of a prompt that the runtime computes at once, at most.
         limit: memory that the app may use.
         largest_context: most tokens that would fit, at most the model's own context; 0 if not even the weights fit.
         roofline_tokens_per_s: memory bandwidth over the bytes that one decoded token reads, with an empty cache.
@@ -87,6 +96,7 @@ class Fit:
     weights: int
     kv_cache: int
     scratch: int
+    prompt: int
     limit: int
     largest_context: int
     roofline_tokens_per_s: float
@@ -106,63 +116,116 @@ class Fit:
 def estimate_fit(plan: QuantPlan, target: Target, format_: Format, context: int) -> Fit:
     """Memory and speed limit of a plan in a format on a target, with a KV cache for `context` tokens.
 
-    KV cache: 2 x layers x KV heads x head size numbers a token. Scratch: the float32 activations of a micro-batch that
-    llama.cpp keeps at once (logits, gate and up, four hidden states). A decoded token reads every weight but the
-    embedding (one row of it), and the keys and values of all tokens before it.
+    KV cache: 2 x layers x KV heads x head size numbers a token, allocated for all tokens at the start. Scratch: the
+    float32 activations that a runtime keeps at once (logits, gate and up, four hidden states) of the tokens that it
+    computes at once. A decoded token reads every weight but the embedding (one row of it), and the keys and values of
+    all tokens before it.
     """
-    model = plan.model
-    kv_per_token = int(2 * model.layers * model.kv_heads * model.head_dim * KV_BYTES[target.formats[format_].kv_cache])
-    activations = model.vocab_size + 2 * model.intermediate_size + 4 * model.hidden_size
-    scratch = RUNTIME_BYTES + 4 * min(MICRO_BATCH, context) * activations
-    free = target.memory.app - plan.weight_bytes - RUNTIME_BYTES
-    largest = (free - 4 * MICRO_BATCH * activations) // kv_per_token
-    if largest < MICRO_BATCH:  # then the micro-batch is as small as the context
-        largest = min(MICRO_BATCH, free // (4 * activations + kv_per_token))
-    embedding = 0 if model.tied else sum(t.bytes for t in plan.tensors if t.tensor.role == "embedding")
-    read, bandwidth = plan.weight_bytes - embedding, target.bandwidth.gb_per_s * 1e9
+    model, runtime = plan.model, target.formats[format_]
+    kv_per_token = int(2 * model.layers * model.kv_heads * model.head_dim * KV_BYTES[runtime.kv_cache])
+    activations = 4 * (model.vocab_size + 2 * model.intermediate_size + 4 * model.hidden_size)
+    resident = {t: _resident_bytes(t, plan, runtime, format_) for t in plan.tensors}
+    weights = sum(resident.values())
+    batch = MICRO_BATCH if format_ == "gguf" else model.context_length
+    free = target.memory.app - weights - RUNTIME_BYTES
+    largest = (free - batch * activations) // kv_per_token
+    if largest < batch:  # then no more tokens than the context are computed at once
+        largest = min(batch, free // (activations + kv_per_token))
+    read = weights - sum(n for t, n in resident.items() if t.tensor.role == "embedding" and not model.tied)
+    bandwidth = target.bandwidth.gb_per_s * 1e9
+    prompt = min(batch, context)
     return Fit(
         context=context,
-        weights=plan.weight_bytes,
+        weights=weights,
         kv_cache=kv_per_token * context,
-        scratch=scratch,
+        scratch=RUNTIME_BYTES + prompt * activations,
+        prompt=prompt,
         limit=target.memory.app,
-        largest_context=max(0, min(model.context_length, largest)),
+        largest_context=max(0, min(model.context_length, runtime.max_context or largest, largest)),
         roofline_tokens_per_s=bandwidth / read,
         roofline_full_tokens_per_s=bandwidth / (read + kv_per_token * context),
     )
 
 
-def choose_context(model: ModelSpec, target: Target, wanted: int | None) -> int:
-    """The context to plan for: the wanted one, else the target's default, at most what the model was trained for.
+def _resident_bytes(planned: TensorPlan, plan: QuantPlan, runtime: Runtime, format_: Format) -> int:
+    """Bytes that a tensor takes in the runtime's memory: as packed, but for ONNX Runtime's CPU provider.
+
+    There a linear's scales are float32, its kernel packs a sum beside each block, and float16 becomes float32; a
+    gathered embedding stays as it is. A tied one is both, in two copies.
+    """
+    tensor, grid = planned.tensor, codec(planned.codec)
+    if format_ == "gguf" or runtime.provider != "cpu" or tensor.role.endswith("norm"):
+        return planned.bytes
+    if is_float(planned.codec):
+        packed = 4 * tensor.size
+    else:
+        codes, _, zero_points = grid.sections(tensor.shape[-1])
+        blocks = tensor.shape[-1] // grid.BLOCK_SIZE
+        packed = tensor.shape[0] * (codes + zero_points + blocks * (SCALE_BYTES + BLOCK_SUM_BYTES))
+    if tensor.role != "embedding":
+        return packed
+    return planned.bytes + packed if plan.model.tied else planned.bytes
+
+
+def choose_context(model: ModelSpec, target: Target, format_: Format, wanted: int | None) -> int:
+    """The context to plan for: the wanted one, else the target's default for the format, at most the model's own.
 
     Raises:
-        UnsupportedError: more than the model's own context was asked for.
+        UnsupportedError: more than the model's own context, or than the runtime is known to bear, was asked for.
     """
+    runtime = target.formats[format_]
+    most = min(model.context_length, runtime.max_context or model.context_length)
     if wanted is None:
-        return min(target.context, model.context_length)
+        return min(runtime.context or target.context, most)
     if wanted > model.context_length:
         raise UnsupportedError(
             f"--context {wanted} is more than {model.name} was trained for ({model.context_length})",
-            f"use --context {model.context_length} or less",
+            f"use --context {most} or less",
+        )
+    if wanted > most:
+        raise UnsupportedError(
+            f"--context {wanted} is more than {runtime.name} is known to bear ({most})", f"use --context {most} or less"
         )
     return wanted
+
+
+def require_kernels(plan: QuantPlan, target_name: str, target: Target, format_: Format) -> None:
+    """Raise unless the target's runtime has kernels for every codec of a plan.
+
+    Raises:
+        UnsupportedError: with the role, its codec, and the codecs that the runtime takes there.
+    """
+    runtime, model = target.formats[format_], plan.model
+    for role, name in dict.fromkeys((t.tensor.role, t.codec) for t in plan.tensors):
+        known = runtime.codecs or [n for n in codec_names() if format_ in codec(n).FORMATS]
+        if format_ == "onnx":
+            known = codecs_for(runtime.provider, role, known, model.tied)
+        if name not in known and not (is_float(name) and role.endswith("norm")):
+            raise UnsupportedError(
+                f"recipe {plan.recipe} has codec {name} for role {role}; {runtime.name} has no kernel for it",
+                f"codecs there: {', '.join(known)}; recipe of target {target_name}: {runtime.recipe}",
+            )
 
 
 def warnings(plan: QuantPlan, target: Target, format_: Format, context: int) -> list[str]:
     """What an engineer should know before shipping this plan in this format on this target."""
     runtime = target.formats[format_]
     notes = [*target.notes, *runtime.notes]
+    heeds_window = format_ == "onnx" and load_provider(runtime.provider).reads_window
     window = plan.model.sliding_window
-    if window is not None and context > window and format_ == "gguf":
+    if window is not None and context > window and not heeds_window:
+        who = "llama.cpp" if format_ == "gguf" else runtime.name
         notes.append(
-            f"The model attends to the last {window} tokens; llama.cpp ignores that window, so beyond {window} tokens "
+            f"The model attends to the last {window} tokens; {who} ignores that window, so beyond {window} tokens "
             "of context its answers differ from the reference."
         )
+    if not runtime.runs_here:
+        notes.append(
+            f"{runtime.name} is not run here: the graph is held against a list of its operators and types, and figures "
+            "come from the same weights on the CPU."
+        )
     fallbacks = sorted({(t.wanted, t.codec) for t in plan.tensors if t.wanted})
-    notes += [f"Rows that are no whole blocks of {wanted} are written as {codec}." for wanted, codec in fallbacks]
-    if runtime.codecs:
-        odd = sorted({t.codec for t in plan.tensors if not is_float(t.codec)} - set(runtime.codecs))
-        notes += [f"{runtime.name} has no kernel for {codec}." for codec in odd]
+    notes += [f"Rows that are no whole blocks of {wanted} are written as {taken}." for wanted, taken in fallbacks]
     return notes
 
 

@@ -1,4 +1,4 @@
-"""Execution providers of ONNX Runtime: the operators, types and attributes that each has kernels for (providers/*.toml).
+"""Execution providers of ONNX Runtime: operators, types and attributes that each has kernels for (providers/*.toml).
 
 Where a provider cannot be run, its graphs are held against this list, and every entry says where it comes from.
 """
@@ -107,9 +107,10 @@ def check_graph(nodes: Iterable[Node], provider: str) -> list[str]:
 def codecs_for(provider: str, role: str, names: Sequence[str], tied: bool = False) -> list[str]:
     """Those of the codecs that a provider has kernels for, for a role of a model."""
     operators = load_provider(provider).operators
-    used = ["GatherBlockQuantized", "MatMulNBits"] if tied else ["MatMulNBits"]
-    kernels = ["GatherBlockQuantized"] if role == "embedding" and not tied else used
-    return [n for n in names if is_float(n) or all(_holds(operators.get(k), n) for k in kernels)]
+    used = ["GatherBlockQuantized"] if role == "embedding" else ["MatMulNBits"]
+    if role == "embedding" and tied:
+        used.append("MatMulNBits")
+    return [n for n in names if is_float(n) or all(_holds(operators.get(op), n) for op in used)]
 
 
 def _holds(kernel: Operator | None, name: str) -> bool:

@@ -89,7 +89,8 @@ class Recipe(Strict):
     """A recipe file.
 
     Attributes:
-        codecs: role, or "linear" or "norm" for all roles of that kind, to codec.
+        codecs: role, or "linear" or "norm" for all roles of that kind, to codec; "tied" for an embedding that is also
+            the head, where that is not the head's.
         upgrades: exceptions by role and layer; the last one that applies wins.
         fallback: codec to the codec that is taken where a row is not whole blocks of it.
         gguf_file_type: the number that llama.cpp shows for this mix (`general.file_type`).
@@ -119,7 +120,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _complete(self) -> Recipe:
-        known = ROLES + GROUPS
+        known = (*ROLES, *GROUPS, "tied")
         for key in self.codecs:
             if key not in known:
                 raise ValueError(f"[codecs] names unknown role {key!r}; {did_you_mean(key, known)}")
@@ -129,8 +130,10 @@ class Recipe(Strict):
         return self
 
     def wanted(self, tensor: TensorSpec, layers: int, tied: bool) -> str:
-        """The codec that the recipe names for a tensor. A tied embedding is also the head, and gets the head's."""
-        role = "head" if tensor.role == "embedding" and tied else tensor.role
+        """The codec that the recipe names for a tensor. A tied embedding is also the head: "tied" or the head's."""
+        if tensor.role == "embedding" and tied:
+            return self.codecs.get("tied") or self.codecs.get("head") or self.codecs["linear"]
+        role = tensor.role
         choice = self.codecs.get(role) or self.codecs[group(role)]
         for upgrade in self.upgrades:
             if role in upgrade.roles and tensor.layer is not None and upgrade.layers.chosen(tensor.layer, layers):

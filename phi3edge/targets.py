@@ -85,6 +85,8 @@ class Runtime(Strict):
         name: for people.
         recipe: the default recipe.
         kv_cache: type of the KV cache.
+        context: default number of tokens that the KV cache must hold, where this runtime's differs from the target's.
+        max_context: tokens beyond which the runtime is known to fail; None where no such limit is known.
         provider: ONNX Runtime's execution provider, for format onnx.
         codecs: codecs that it has kernels for, or empty for all of the format.
         runs_here: whether the runtime that validates here is the one that runs there, be it on another CPU.
@@ -94,6 +96,8 @@ class Runtime(Strict):
     name: str
     recipe: str
     kv_cache: Literal["f32", "f16", "q8_0", "q4_0", "int8"]
+    context: int | None = Field(default=None, gt=0)
+    max_context: int | None = Field(default=None, gt=0)
     provider: Provider = "cpu"
     codecs: tuple[str, ...] = ()
     runs_here: bool = True
@@ -107,6 +111,7 @@ class Target(Strict):
 
     Attributes:
         formats: what runs the artifact there by its format, the preferred one first.
+        without: why a format is not offered, for those worth a word.
         context: default number of tokens that the KV cache must hold.
         notes: what an engineer should know before shipping there, whatever the format.
         gates: metric to limit; see phi3edge.validate for the metrics.
@@ -114,6 +119,7 @@ class Target(Strict):
 
     summary: str
     formats: dict[Format, Runtime] = Field(min_length=1)
+    without: dict[Format, str] = {}
     context: int = Field(gt=0)
     memory: Memory
     bandwidth: Bandwidth

@@ -10,7 +10,7 @@ from test_families import MINI_4K
 from phi3edge.codecs import codec, holds, row_bytes
 from phi3edge.errors import ConfigError, DoesNotFitError, UnsupportedError, UsageError
 from phi3edge.families import parse_config
-from phi3edge.plan import choose_context, estimate_fit, make_plan, require_fit, summarize, warnings
+from phi3edge.plan import choose_context, estimate_fit, make_plan, require_fit, require_kernels, summarize, warnings
 from phi3edge.recipes import Layers, load_recipe, shipped_recipes
 from phi3edge.report import METRICS
 from phi3edge.targets import load_target, shipped_targets
@@ -137,22 +137,115 @@ def test_a_context_beyond_the_window_is_noted_for_gguf():
 
 def test_a_context_beyond_the_model_is_refused():
     _, target = load_target("cpu")
-    assert choose_context(MINI, target, None) == 4096
-    assert choose_context(replace(MINI, context_length=512), target, None) == 512
+    assert choose_context(MINI, target, "gguf", None) == 4096
+    assert choose_context(replace(MINI, context_length=512), target, "gguf", None) == 512
     with pytest.raises(UnsupportedError, match="4096"):
-        choose_context(MINI, target, 8192)
+        choose_context(MINI, target, "gguf", 8192)
+
+
+def test_a_context_beyond_what_the_runtime_bears_is_refused():
+    _, target = load_target("directml")
+    long = replace(MINI, context_length=131072)
+    assert choose_context(long, target, "onnx", None) == 4096
+    assert choose_context(long, target, "onnx", 4096) == 4096
+    with pytest.raises(UnsupportedError, match=r"ONNX Runtime GenAI \(DirectML\) is known to bear \(4096\)"):
+        choose_context(long, target, "onnx", 4097)
+    assert estimate_fit(plan_of("int4-gpu", long), target, "onnx", 4096).largest_context == 4096
+
+
+def test_a_format_may_have_a_context_of_its_own():
+    _, target = load_target("android")
+    assert choose_context(MINI, target, "gguf", None) == 4096
+    assert choose_context(MINI, target, "onnx", None) == 2048
+
+
+def test_a_recipe_that_the_provider_cannot_run_is_refused():
+    _, target = load_target("directml")
+    with pytest.raises(UnsupportedError, match="codec uint4_b32 for role embedding") as error:
+        require_kernels(plan_of("int4"), "directml", target, "onnx")
+    assert error.value.hint.startswith("codecs there: f16, f32;")
+    assert "int4-gpu" in error.value.hint
+    require_kernels(plan_of("int4-gpu"), "directml", target, "onnx")
+
+
+def test_a_targets_own_list_of_codecs_is_heeded(tmp_path):
+    own = write_target(tmp_path / "own.toml")
+    own.write_text(own.read_text().replace('kv_cache = "f16"', 'kv_cache = "f16", codecs = ["q8_0"]'))
+    _, target = load_target(str(own))
+    require_kernels(plan_of("q8_0"), "own", target, "gguf")
+    with pytest.raises(UnsupportedError, match="codec q4_0"):
+        require_kernels(plan_of("q4_0"), "own", target, "gguf")
+
+
+def test_a_tied_embedding_needs_kernels_for_both_its_uses():
+    spec = parse_config(phi3_config(TIED), None, "tiny")
+    _, target = load_target("directml")
+    assert plan_of("int4-gpu", spec).tensors[0].codec == "f16"
+    require_kernels(plan_of("int4-gpu", spec), "directml", target, "onnx")
+    with pytest.raises(UnsupportedError, match="role embedding"):
+        require_kernels(plan_of("int8", spec), "directml", target, "onnx")
+
+
+def test_weights_in_onnx_runtimes_memory():
+    """Codes and zero points as packed; scales float32 and a float32 sum a block on the CPU; a GPU takes them as is."""
+    plan = plan_of("int4")
+    _, cpu = load_target("cpu")
+    _, gpu = load_target("webgpu")
+    blocks = {t: t.tensor.size // 32 for t in plan.tensors if t.tensor.role not in ("embedding",) and t.codec != "f32"}
+    more = sum(n * (4 + 4 - 2) for n in blocks.values())
+    assert estimate_fit(plan, cpu, "onnx", 2048).weights == plan.weight_bytes + more
+    assert estimate_fit(plan, gpu, "onnx", 2048).weights == plan.weight_bytes
+
+
+def test_float16_weights_double_on_onnx_runtimes_cpu():
+    _, cpu = load_target("cpu")
+    plan = plan_of("f16")
+    norms = sum(t.bytes for t in plan.tensors if t.codec == "f32")
+    embedding = plan.tensors[0].bytes
+    weights = estimate_fit(plan, cpu, "onnx", 256).weights
+    assert weights == 2 * (plan.weight_bytes - norms - embedding) + norms + embedding
+
+
+def test_a_prompt_is_computed_at_once_by_onnx_runtime():
+    _, target = load_target("cpu")
+    plan = plan_of("int4")
+    short, long = (estimate_fit(plan, target, "onnx", n) for n in (512, 4096))
+    logits = 4 * (4096 - 512) * MINI.vocab_size
+    assert long.scratch - short.scratch > logits
+    assert (short.prompt, long.prompt) == (512, 4096)
+    _, phone = load_target("android")
+    largest = estimate_fit(plan, phone, "onnx", 512).largest_context
+    assert 2048 <= largest < 4096
+    assert estimate_fit(plan, phone, "onnx", largest).fits
+    assert not estimate_fit(plan, phone, "onnx", largest + 1).fits
+
+
+def test_what_ignores_the_window_and_what_is_not_run_here_is_noted():
+    def notes(target, recipe):
+        return " ".join(warnings(plan_of(recipe), load_target(target)[1], "onnx", 4096))
+
+    assert "2047" not in notes("cpu", "int4")
+    assert "2047" not in notes("webgpu", "int4")
+    assert "DirectML) ignores that window" in notes("directml", "int4-gpu")
+    assert "not run here" in notes("webgpu", "int4")
+    assert "not run here" not in notes("cpu", "int4")
+    assert "maintenance" in notes("directml", "int4-gpu")
+    assert "on the CPU alone" in notes("android", "int4")
 
 
 def test_mini_fits_every_target_with_its_defaults():
     for name, target in shipped_targets().items():
         for format_, runtime in target.formats.items():
             plan = plan_of(runtime.recipe)
-            assert estimate_fit(plan, target, format_, choose_context(MINI, target, None)).fits, (name, format_)
+            require_kernels(plan, name, target, format_)
+            context = choose_context(MINI, target, format_, None)
+            assert context >= 2048, (name, format_)
+            assert estimate_fit(plan, target, format_, context).fits, (name, format_)
 
 
 def test_shipped_files_are_consistent():
-    assert {"iphone", "iphone-15-pro", "android", "android-low", "cpu", "directml"} <= set(shipped_targets())
-    names = {"q4_0", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "f16", "bf16", "f32"}
+    assert {"iphone", "iphone-15-pro", "android", "android-low", "cpu", "directml", "webgpu"} <= set(shipped_targets())
+    names = {"q4_0", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "f16", "bf16", "f32", "int4", "int4-mixed", "int8"}
     assert names <= set(shipped_recipes())
     for target in shipped_targets().values():
         assert set(target.gates) <= set(METRICS)

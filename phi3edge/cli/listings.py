@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from phi3edge.cli._options import JsonOption
 from phi3edge.cli._output import print_json, stdout, table
-from phi3edge.recipes import GROUPS, shipped_recipes
+from phi3edge.recipes import shipped_recipes
 from phi3edge.targets import shipped_targets
 from phi3edge.units import size
 
@@ -19,19 +19,25 @@ def targets(as_json: JsonOption = False) -> None:
     found = shipped_targets()
     if as_json:
         return print_json({name: target.model_dump(mode="json") for name, target in found.items()})
-    rows = table("target", "what", "formats", "recipe", ">context", "KV cache", ">app memory", ">bandwidth")
+    rows = table("target", "format", "runtime", "recipe", ">context", "KV cache", ">app memory", ">bandwidth")
     for name, t in found.items():
-        rows.add_row(
-            f"[bold]{name}[/bold]",
-            t.summary,
-            ", ".join(t.formats),
-            ", ".join(r.recipe for r in t.formats.values()),
-            str(t.context),
-            ", ".join(r.kv_cache for r in t.formats.values()),
-            size(t.memory.app),
-            f"{t.bandwidth.gb_per_s:g} GB/s",
-        )
+        device = [size(t.memory.app), f"{t.bandwidth.gb_per_s:g} GB/s"]
+        for format_, r in t.formats.items():
+            first = format_ == next(iter(t.formats))
+            rows.add_row(
+                f"[bold]{name}[/bold]" if first else "",
+                format_,
+                r.name,
+                r.recipe,
+                str(r.context or t.context),
+                r.kv_cache,
+                *(device if first else ["", ""]),
+            )
     stdout.print(rows)
+    names = table("target", "what")
+    for name, t in found.items():
+        names.add_row(f"[bold]{name}[/bold]", t.summary)
+    stdout.print("", names)
     return None
 
 
@@ -45,11 +51,20 @@ def recipes(as_json: JsonOption = False) -> None:
     found = shipped_recipes()
     if as_json:
         return print_json({name: recipe.model_dump(mode="json") for name, recipe in found.items()})
-    rows = table("recipe", "what", "formats", "codecs")
+    rows = table("recipe", "formats", "linear", "embedding", "head", "in some layers")
     for name, recipe in found.items():
-        codecs = [f"{recipe.codecs[g]}" if g in recipe.codecs else "" for g in GROUPS[:1]]
-        codecs += [f"{role} {codec}" for role, codec in recipe.codecs.items() if role not in GROUPS]
-        codecs += [f"{', '.join(u.roles)} {u.codec} (some layers)" for u in recipe.upgrades]
-        rows.add_row(f"[bold]{name}[/bold]", recipe.summary, ", ".join(recipe.formats), "; ".join(filter(None, codecs)))
+        linear = recipe.codecs.get("linear", "")
+        rows.add_row(
+            f"[bold]{name}[/bold]",
+            ", ".join(recipe.formats),
+            linear,
+            recipe.codecs.get("embedding", linear),
+            recipe.codecs.get("head", linear),
+            "; ".join(f"{', '.join(u.roles)} {u.codec}" for u in recipe.upgrades),
+        )
     stdout.print(rows)
+    names = table("recipe", "what")
+    for name, recipe in found.items():
+        names.add_row(f"[bold]{name}[/bold]", recipe.summary)
+    stdout.print("", names)
     return None

@@ -8,8 +8,15 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
-from phi3edge.build import Prepared, prepare
-from phi3edge.cli._options import CheckpointArg, ContextOption, JsonOption, RecipeOption, TargetOption
+from phi3edge.build import Prepared, formats_of, prepare
+from phi3edge.cli._options import (
+    CheckpointArg,
+    ContextOption,
+    FormatsOption,
+    JsonOption,
+    RecipeOption,
+    TargetOption,
+)
 from phi3edge.cli._output import print_json, progress, stdout, table
 from phi3edge.plan import require_fit, summarize, to_json
 from phi3edge.units import size
@@ -20,24 +27,28 @@ def plan(
     target: TargetOption = "iphone",
     recipe: RecipeOption = None,
     context: ContextOption = None,
+    format_: FormatsOption = None,
     force: Annotated[bool, typer.Option("--force", help="Exit code 0 even if it does not fit.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what an export would write and whether it fits the target. Reads config.json only, no weights.
 
-    Exit code 2 if it does not fit (0 with --force).
+    Exit code 2 if it does not fit (0 with --force). With --format both, --json is a list of two plans.
 
     Examples: `phi3edge plan demo --target iphone`,
-    `phi3edge plan microsoft/Phi-3-mini-4k-instruct --target android-low --context 1024`
+    `phi3edge plan microsoft/Phi-3-mini-4k-instruct --target android --format onnx --context 1024`
     """
+    formats = formats_of(target, format_, recipe)
     with progress(quiet=as_json) as stages:
-        ready = prepare(checkpoint, target, recipe, context, stages=stages)
+        plans = [prepare(checkpoint, target, recipe, context, chosen, stages) for chosen in formats]
     if as_json:
-        print_json({**describe(ready), **to_json(ready.plan, ready.fit), "notes": ready.notes})
+        documents = [{**describe(p), **to_json(p.plan, p.fit), "notes": p.notes} for p in plans]
+        print_json(documents if len(documents) > 1 else documents[0])
     else:
-        stdout.print(render(ready))
+        stdout.print(*map(render, plans), sep="\n")
     if not force:
-        require_fit(ready.plan, ready.fit, ready.target_name, ready.target, ready.format)
+        for p in plans:
+            require_fit(p.plan, p.fit, p.target_name, p.target, p.format)
 
 
 def describe(ready: Prepared) -> dict[str, object]:
@@ -48,7 +59,9 @@ def describe(ready: Prepared) -> dict[str, object]:
         "family": model.family,
         "parameters": model.parameters,
         "target": ready.target_name,
+        "format": ready.format,
         "runtime": ready.runtime.name,
+        "provider": ready.runtime.provider if ready.format == "onnx" else None,
     }
 
 
@@ -61,6 +74,8 @@ def render(ready: Prepared) -> Group:
     head.append(f" ({model.kv_heads} KV), hidden {model.hidden_size}\n", style="dim")
     head.append(f"{plan.recipe}", style="bold")
     head.append(f" for {ready.target_name}: {ready.target.summary}\n")
+    head.append(f"{ready.format}", style="bold")
+    head.append(f" for {ready.runtime.name}\n")
     rows = table("role", "codec", "method", ">tensors", ">bits/weight", ">bytes")
     for row in summarize(plan):
         codec = f"{row.codec} [yellow](not {row.wanted})[/yellow]" if row.wanted else row.codec
@@ -75,9 +90,16 @@ def render(ready: Prepared) -> Group:
     )
 
     memory = table("memory (estimate)", ">bytes", "")
-    memory.add_row("weights", size(fit.weights), "")
+    in_file = (
+        ""
+        if fit.weights == plan.weight_bytes
+        else f"as {ready.runtime.name} holds them; {size(plan.weight_bytes)} in the file"
+    )
+    memory.add_row("weights", size(fit.weights), in_file)
     memory.add_row("KV cache", size(fit.kv_cache), f"{fit.context} tokens, {ready.runtime.kv_cache}")
-    memory.add_row("scratch", size(fit.scratch), "activations of 512 tokens, the runtime itself")
+    memory.add_row(
+        "scratch", size(fit.scratch), f"activations of a prompt's {fit.prompt} tokens at once, the runtime itself"
+    )
     verdict = "[green]fits[/green]" if fit.fits else "[bold red]does not fit[/bold red]"
     memory.add_row("[bold]all[/bold]", f"[bold]{size(fit.total)}[/bold]", f"of {size(fit.limit)}: {verdict}")
     largest = f"largest context that fits: {fit.largest_context}" if fit.largest_context else "no context fits"
