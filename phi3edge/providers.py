@@ -104,6 +104,29 @@ def check_graph(nodes: Iterable[Node], provider: str) -> list[str]:
     return [f"{op_type} ({name}): {reason}" for (op_type, reason), name in found.items()]
 
 
+def read_nodes(model: Any) -> list[Node]:
+    """The nodes of an `onnx_ir.Model`, whose values carry their dtypes, as `check_graph` takes them."""
+    import onnx
+
+    def own_version(op_type: str, domain: str) -> int:
+        opset = model.opset_imports[domain]
+        if not onnx.defs.has(op_type, opset, domain):  # one of the runtime's own: they are at version 1
+            return 1
+        return onnx.defs.get_schema(op_type, opset, domain).since_version
+
+    return [
+        Node(
+            name=node.name or "",
+            op_type=node.op_type,
+            version=own_version(node.op_type, node.domain),
+            inputs=tuple("" if value is None else str(value.dtype.numpy()) for value in node.inputs),
+            domain=node.domain,
+            attributes={a.name: a.value for a in node.attributes.values() if isinstance(a.value, int | float | str)},
+        )
+        for node in model.graph
+    ]
+
+
 def codecs_for(provider: str, role: str, names: Sequence[str], tied: bool = False) -> list[str]:
     """Those of the codecs that a provider has kernels for, for a role of a model."""
     operators = load_provider(provider).operators
