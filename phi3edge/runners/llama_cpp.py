@@ -6,7 +6,6 @@ import ctypes
 import importlib.util
 import os
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import numpy as np
 from phi3edge.errors import MissingExtraError, RunnerError, UsageError
 from phi3edge.machine import usable_cores
 from phi3edge.runners import Runner, _tiny_gguf
+from phi3edge.runners._memory import peak_memory
 
 RUNTIME = "llama.cpp"
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}  # ggml's numbers of the types a KV cache can have
@@ -230,15 +230,7 @@ class Session:
 
     def peak_memory(self) -> int | None:
         """Highest resident memory so far, in bytes."""
-        # not getrusage on Linux: its maximum includes what the parent process held when it forked
-        if sys.platform == "linux":
-            status = Path("/proc/self/status").read_text()
-            return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])  # type: ignore[index]
-        if sys.platform == "darwin":
-            import resource
-
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return None
+        return peak_memory()
 
     def _clear(self) -> None:
         if self._context is None:

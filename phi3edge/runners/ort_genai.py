@@ -1,0 +1,280 @@
+"""ONNX Runtime GenAI: runs its folders on the CPU.
+
+Folders made for another execution provider run here too, on the CPU's kernels, and `info()` says so. The thread count
+and the log level are set for a run; the folder is not changed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phi3edge import manifest
+from phi3edge.errors import MissingExtraError, RunnerError, UsageError
+from phi3edge.genai_folder import GenAIFolder, is_genai, read_folder
+from phi3edge.machine import usable_cores
+from phi3edge.runners import Runner
+from phi3edge.runners._memory import peak_memory
+
+RUNTIME = "ONNX Runtime GenAI"
+SPINNING = "session.intra_op.allow_spinning"
+"""Threads that spin while they wait slow a busy machine many times: off, unless the folder sets it."""
+
+PACKAGE = "onnxruntime-genai"
+
+_BATCH = 512  # tokens per run of the graph: bounds its logits, which come for every token
+_ROWS = 64  # rows of logits per message
+_BY_LENGTH = {"If", "Greater", "GreaterOrEqual"}  # operators by which a LongRoPE graph chooses factors for a length
+_HINTS = {
+    r"alloc|memory": "is memory short? a smaller context needs less",
+    r"not a registered function|No Op registered|[Oo]pset|IR version|NOT_IMPLEMENTED|attribute": (
+        "it may need a newer runtime than {installed}: pip install --upgrade onnxruntime-genai onnxruntime"
+    ),
+    r"JSON Error|model_type": (
+        "genai_config.json is damaged, or for a newer runtime than {installed}: pip install --upgrade onnxruntime-genai"
+    ),
+}
+
+
+def accepts(artifact: Path) -> bool:
+    """Whether this runtime runs such an artifact: a folder with genai_config.json, or the ONNX model in it."""
+    return is_genai(artifact)
+
+
+def files(artifact: Path) -> list[Path]:
+    """The files that hold the model: graph and weights. Configuration and tokenizer are not counted."""
+    found = read_folder(artifact)
+    return [found.model_file, *found.data_files]
+
+
+def open(
+    artifact: Path,
+    *,
+    context: int,
+    threads: int | None = None,
+    kv_type: str | None = None,
+    plain: bool = False,
+    vocab_only: bool = False,
+    timeout: float = 600,
+) -> Runner:
+    """Opens a folder in a child process.
+
+    Args:
+        artifact: the folder, or the ONNX model in it.
+        context: number of tokens the KV cache holds.
+        threads: None for one per usable core.
+        kv_type: has no effect: the graph fixes the KV cache's type, which `info()` tells.
+        plain: has no effect: the graph fixes what is computed (`accuracy_level`), and the runtime has no other kernels.
+        vocab_only: read the vocabulary only; then nothing but `info` and `tokenize` works.
+        timeout: seconds that one answer may take.
+
+    Raises:
+        MissingExtraError: onnxruntime-genai is not installed.
+        UsageError: more context than the model has positions for.
+        CheckpointError, UnsupportedError, OutputError: a folder that is not whole, or not safe; see `read_folder`.
+        RunnerError: a runtime that is too old or does not start.
+    """
+    require_runtime()
+    found = read_folder(artifact)
+    if context > (most := found.config["model"]["context_length"]):
+        raise UsageError(f"{artifact} has {most} positions, a context of {context} was wanted", "give it less context")
+    _require_version(found)
+    options = {
+        "folder": str(found.folder.resolve()),
+        "context": context,
+        "threads": threads or usable_cores(),
+        "vocab_only": vocab_only,
+    }
+    return Runner("ort_genai", RUNTIME, artifact, options, timeout)
+
+
+def require_runtime() -> None:
+    """Raise MissingExtraError unless onnxruntime-genai is installed; imports nothing."""
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        raise MissingExtraError("running ONNX Runtime GenAI folders", "onnx")
+
+
+def _require_version(found: GenAIFolder) -> None:
+    """Hold what the manifest requires, `>=` a version, against what is installed."""
+    if not (found.folder / manifest.NAME).is_file():
+        return
+    for package, wanted in manifest.read_manifest(found.folder).get("requires", {}).items():
+        least = re.fullmatch(r"(?:>=)?\s*([0-9.]+)", wanted)
+        if least is None:
+            raise RunnerError(f"{found.folder} requires {package} {wanted!r}, expected >= and a version")
+        if _numbers(have := metadata.version(package)) < _numbers(least[1]):
+            raise RunnerError(
+                f"{found.folder} needs {package} {least[1]} or newer, {have} is installed",
+                f"pip install --upgrade '{package}>={least[1]}'",
+            )
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", version.split("+")[0])[:3]]
+
+
+class Session:
+    """A loaded model and its KV cache; lives in the child process. The methods are those of `Runner`."""
+
+    def __init__(self, folder: str, context: int, threads: int, vocab_only: bool) -> None:
+        import onnxruntime_genai as lib
+
+        self._lib = lib
+        self._found = read_folder(Path(folder))
+        self._size, self._eog = self._found.vocabulary_size, self._found.eog_ids
+        self._context, self._threads = context, threads
+        self._spinning = self._found.session_options.get(SPINNING, "0")
+        by_length = not _BY_LENGTH.isdisjoint(self._found.model.operators)
+        self._batch = context if by_length else _BATCH  # in pieces, the first would be rotated by other factors
+        started = time.perf_counter()
+        with _explained(f"cannot open {Path(folder).name}"):
+            self._config = lib.Config(folder)
+            self._config.clear_providers()
+            self._config.overlay(json.dumps(self._overlay()))
+            self._model = None if vocab_only else lib.Model(self._config)
+        self._generator: Any = None
+        self._endless = False
+        self._tokenizer: Any = None
+        if self._model:
+            self._clear()
+        self._load_s = time.perf_counter() - started
+
+    def _overlay(self) -> dict[str, Any]:
+        """What a run sets over genai_config.json: this machine's threads, and greedy search without any penalty."""
+        session = {"intra_op_num_threads": self._threads, "log_severity_level": 4, SPINNING: self._spinning}
+        search = {"max_length": self._context, "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+        penalties = {"min_length": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+        return {"model": {"decoder": {"session_options": session}}, "search": search | penalties}
+
+    def info(self) -> dict[str, Any]:
+        """What runs it and how."""
+        providers = self._found.providers
+        return {
+            "runtime": RUNTIME,
+            "version": ", ".join(f"{p} {metadata.version(p)}" for p in (PACKAGE, "onnxruntime")),
+            "threads": self._threads,
+            "context": self._context,
+            "kv_type": self._found.kv_type,
+            "batch": self._batch,
+            "provider": f"cpu (made for {', '.join(providers)})" if providers else "cpu",
+            "spinning": "off" if self._spinning == "0" else "on",
+            "vocabulary_size": self._size,
+            "eog_ids": self._eog,
+            "chat_template": self._found.chat_template,
+            "load_s": self._load_s,
+        }
+
+    def logits(self, ids: np.ndarray, start: int) -> Iterator[np.ndarray]:
+        """Rows of logits from position `start` on, in blocks."""
+        self._clear()
+        for first in range(0, len(ids), self._batch):
+            piece = ids[first : first + self._batch]
+            self._append(piece)
+            rows = self._generator.get_output(self._found.logits.name)[0, max(start - first, 0) :]
+            for row in range(0, len(rows), _ROWS):
+                yield rows[row : row + _ROWS].astype(np.float32)
+
+    def generate(self, ids: list[int], max_tokens: int) -> list[int]:
+        """Greedy continuation."""
+        self._clear()
+        out: list[int] = []
+        while len(out) < max_tokens:
+            token = self._next() if out else self._prompt(ids)
+            if token in self._eog:
+                break
+            out.append(token)
+        return out
+
+    def tokenize(self, text: str, special: bool, bos: bool) -> list[int]:
+        """Token ids of a text; without `special`, only for a text that holds no special token."""
+        with _explained("cannot tokenize"):
+            if self._tokenizer is None:
+                self._tokenizer = self._lib.Tokenizer(self._config)
+            self._tokenizer.update_options(add_special_tokens="true" if bos else "false")
+            ids = self._tokenizer.encode(text).tolist()
+        if not special and (found := self._found.special_ids.intersection(ids[1:] if bos else ids)):
+            raise RunnerError(f"{RUNTIME} always reads special tokens, and the text holds {sorted(found)}")
+        return ids
+
+    def speed(self, prompt_tokens: int, decode_tokens: int) -> dict[str, float]:
+        """Timings of one prompt and the tokens decoded after it."""
+        prompt = [(7919 * i + 13) % self._size for i in range(prompt_tokens)]
+        self._clear(endless=True)
+        self._prompt(prompt[:8])  # touches every weight, so that no page of the file is read while the clock runs
+        self._clear(endless=True)
+        started = time.perf_counter()
+        self._prompt(prompt)
+        first = time.perf_counter() - started
+        started = time.perf_counter()
+        for _ in range(decode_tokens):
+            self._next()
+        seconds = time.perf_counter() - started
+        return {
+            "prompt_tokens_per_s": prompt_tokens / first,
+            "decode_tokens_per_s": decode_tokens / seconds,
+            "time_to_first_token_s": first,
+            "load_s": self._load_s,
+        }
+
+    def peak_memory(self) -> int | None:
+        """Highest resident memory so far, in bytes."""
+        return peak_memory()
+
+    def _clear(self, endless: bool = False) -> None:
+        """Starts from an empty context; `endless` goes on past the end of generation."""
+        if self._model is None:
+            raise RunnerError("the model was opened for its vocabulary only")
+        with _explained(f"cannot make a context of {self._context} tokens"):
+            if self._generator is None or self._endless is not endless:
+                self._generator = None  # its KV cache goes before the next one comes
+                params = self._lib.GeneratorParams(self._model)
+                params.set_search_options(min_length=self._context if endless else 0)
+                self._generator, self._endless = self._lib.Generator(self._model, params), endless
+            self._generator.rewind_to(0)
+
+    def _prompt(self, ids: list[int]) -> int:
+        """Evaluates a prompt from an empty context; the most likely next token."""
+        if not ids:
+            raise RunnerError("an empty prompt has no continuation")
+        for first in range(0, len(ids), self._batch):
+            self._append(np.array(ids[first : first + self._batch]))
+        return self._next()
+
+    def _next(self) -> int:
+        """The most likely token after those so far; runs the graph on the last one if that was not done yet."""
+        self._require_room(1)
+        with _explained("failed to generate a token"):
+            self._generator.generate_next_token()
+            return int(self._generator.get_next_tokens()[0])
+
+    def _append(self, ids: np.ndarray) -> None:
+        self._require_room(len(ids))
+        if ids.min() < 0 or ids.max() >= self._size:
+            raise RunnerError(f"a token id is not in the artifact's vocabulary of {self._size}")
+        with _explained("failed to compute logits"):
+            self._generator.append_tokens(ids.astype(np.int32))
+
+    def _require_room(self, count: int) -> None:
+        if (wanted := self._generator.token_count() + count) > self._context:
+            raise RunnerError(f"{wanted} tokens do not fit into a context of {self._context}")
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Makes an exception of the library an error of one line, with what helps where that is known."""
+    try:
+        yield
+    except Exception as error:  # RuntimeError, MemoryError, and what the binding makes of others
+        cause = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
+        installed = f"{PACKAGE} {metadata.version(PACKAGE)}, onnxruntime {metadata.version('onnxruntime')}"
+        hint = next((text for pattern, text in _HINTS.items() if re.search(pattern, cause)), None)
+        raise RunnerError(f"{RUNTIME} {what}: {cause[:300]}", hint and hint.format(installed=installed)) from None
