@@ -1,8 +1,9 @@
 """The ONNX container: a strict reader of everything in a model but its weights.
 
 An ONNX file is one protobuf message (onnx.proto): a graph of nodes, its inputs and outputs, and its tensors, whose
-bytes are in the message or in files beside it. The reader believes nothing: every length is checked against what holds it, a
-tensor's size against its type and shape, and a file beside it is a plain name. Needs no protobuf and no onnx package.
+bytes are in the message or in files beside it. The reader believes nothing: every length is checked against what holds
+it, a tensor's size against its type and shape, and a file beside it is a plain name. Needs no protobuf and no onnx
+package.
 """
 
 from __future__ import annotations

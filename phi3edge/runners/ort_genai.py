@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,6 +102,29 @@ def require_runtime() -> None:
     """Raise MissingExtraError unless onnxruntime-genai is installed; imports nothing."""
     if importlib.util.find_spec("onnxruntime_genai") is None:
         raise MissingExtraError("running ONNX Runtime GenAI folders", "onnx")
+
+
+def probe() -> dict[str, Any]:
+    """Runs a tiny quantized model.
+
+    Returns:
+        version, threads and provider.
+
+    Raises:
+        MissingExtraError: onnxruntime-genai, or onnx, which writes the model, is not installed.
+        RunnerError: it does not start, crashes, hangs, or computes no numbers.
+    """
+    require_runtime()
+    try:
+        from phi3edge.runners import _tiny_onnx
+    except ImportError:
+        raise MissingExtraError("trying ONNX Runtime GenAI", "onnx") from None
+    with tempfile.TemporaryDirectory() as folder:
+        _tiny_onnx.write(Path(folder))
+        with open(Path(folder), context=64, timeout=60) as runner:
+            if not np.isfinite(runner.logits(np.arange(48))).all():
+                raise RunnerError(f"{RUNTIME} computes NaN or infinite logits from finite weights")
+            return {key: runner.info()[key] for key in ("version", "threads", "provider")}
 
 
 def _require_version(found: GenAIFolder) -> None:
