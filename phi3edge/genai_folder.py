@@ -79,6 +79,13 @@ class GenAIFolder:
         dtype = _find(self.model.inputs, pattern.replace("%d", "0"), self.model_file).dtype
         return {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(dtype, dtype)
 
+    def kv_bytes(self, tokens: int) -> int:
+        """Size of a KV cache for so many tokens."""
+        decoder = self.config["model"]["decoder"]
+        caches = [v for v in self.model.inputs if v.name.startswith("past")]
+        width = decoder.get("num_key_value_heads", 0) * decoder.get("head_size", 0)
+        return len(caches) * width * tokens * (4 if self.kv_type == "f32" else 1 if self.kv_type == "int8" else 2)
+
     @property
     def chat_template(self) -> str | None:
         """The chat template that the runtime applies: chat_template.jinja, else the one in tokenizer_config.json."""

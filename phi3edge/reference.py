@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from phi3edge import machine
 from phi3edge.cache import cache_dir
 from phi3edge.errors import CheckpointError, MissingExtraError, OutputError, UsageError
 from phi3edge.progress import Stages, silent
@@ -230,7 +231,7 @@ def _prune(root: Path, newest: Path) -> None:
 
 def _check_memory(checkpoint: Path) -> None:
     """Refuses at once what the kernel would kill minutes later; 2-byte weights take twice their file in float32."""
-    free = _free_memory()
+    free = machine.free_memory()
     if free is None:
         return
     config = _config(checkpoint, "config.json")
@@ -241,15 +242,6 @@ def _check_memory(checkpoint: Path) -> None:
             f"the float32 reference of {checkpoint.name} needs about {size(needed)} of memory, {size(free)} are free",
             "validate on a machine with more memory, or export with --no-validate",
         )
-
-
-def _free_memory() -> int | None:
-    """Bytes that programs can still have, or None where it is not known."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    except OSError:
-        return None
-    return 1024 * int(lines["MemAvailable"].split()[0])
 
 
 def require_reference() -> None:

@@ -28,6 +28,7 @@ from phi3edge.runners._child import receive, send
 # threads that wait for each other sleep: where they spin, a busy machine slows a runtime twenty times
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
 
+_CHILD = "from phi3edge.runners._child import main; main()"
 _SOURCE_FOLDER = re.compile(r"\S*/(?=[\w.-]+\.(?:c|cc|cpp|cu|h):\d+)")  # where the library was built
 _COMPLAINT = re.compile(r"error|invalid|assert|abort|fail|what\(\)|exception|fatal", re.IGNORECASE)
 
@@ -52,7 +53,7 @@ class Runner:
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "phi3edge.runners._child", name, json.dumps(options)],
+            [sys.executable, "-c", _CHILD, name, json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

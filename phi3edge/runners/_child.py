@@ -92,7 +92,3 @@ def main() -> None:
             send(answers, {"error": f"{type(error).__name__}: {error}", "hint": None})
         if session is None:
             return
-
-
-if __name__ == "__main__":
-    main()

@@ -22,9 +22,10 @@ import numpy as np
 from phi3edge import manifest
 from phi3edge.errors import MissingExtraError, RunnerError, UsageError
 from phi3edge.genai_folder import GenAIFolder, is_genai, read_folder
-from phi3edge.machine import usable_cores
+from phi3edge.machine import free_memory, usable_cores
 from phi3edge.runners import Runner
 from phi3edge.runners._memory import peak_memory
+from phi3edge.units import size
 
 RUNTIME = "ONNX Runtime GenAI"
 SPINNING = "session.intra_op.allow_spinning"
@@ -35,6 +36,9 @@ PACKAGE = "onnxruntime-genai"
 _BATCH = 512  # tokens per run of the graph: bounds its logits, which come for every token
 _ROWS = 64  # rows of logits per message
 _BY_LENGTH = {"If", "Greater", "GreaterOrEqual"}  # operators by which a LongRoPE graph chooses factors for a length
+_NOISE = re.compile(  # where in the library's source it failed, and on what condition
+    r"Load model from .*?\.onnx failed: ?|/\S+\.(?:cc|h):\d+ .*?\) (?:\[with [^\]]*\] )?(?:[^.]* was false\. )?"
+)
 _HINTS = {
     r"alloc|memory": "is memory short? a smaller context needs less",
     r"not a registered function|No Op registered|[Oo]pset|IR version|NOT_IMPLEMENTED|attribute": (
@@ -82,13 +86,15 @@ def open(
         MissingExtraError: onnxruntime-genai is not installed.
         UsageError: more context than the model has positions for.
         CheckpointError, UnsupportedError, OutputError: a folder that is not whole, or not safe; see `read_folder`.
-        RunnerError: a runtime that is too old or does not start.
+        RunnerError: a runtime that is too old or does not start, or too little memory for the context.
     """
     require_runtime()
     found = read_folder(artifact)
     if context > (most := found.config["model"]["context_length"]):
         raise UsageError(f"{artifact} has {most} positions, a context of {context} was wanted", "give it less context")
     _require_version(found)
+    if not vocab_only:
+        _require_memory(found, context)
     options = {
         "folder": str(found.folder.resolve()),
         "context": context,
@@ -127,6 +133,18 @@ def probe() -> dict[str, Any]:
             return {key: runner.info()[key] for key in ("version", "threads", "provider")}
 
 
+def _require_memory(found: GenAIFolder, context: int) -> None:
+    """Refuse what the runtime would fill with zeros until the machine stands still."""
+    weights = sum(path.stat().st_size for path in (found.model_file, *found.data_files))
+    free, cache = free_memory(), found.kv_bytes(context)
+    if free is not None and weights + cache > free:
+        raise RunnerError(
+            f"{found.folder.name} needs {size(weights)} for its weights and {size(cache)} for a KV cache of {context} "
+            f"tokens; {size(free)} of memory are free",
+            "give it less context, or more memory",
+        )
+
+
 def _require_version(found: GenAIFolder) -> None:
     """Hold what the manifest requires, `>=` a version, against what is installed."""
     if not (found.folder / manifest.NAME).is_file():
@@ -135,7 +153,11 @@ def _require_version(found: GenAIFolder) -> None:
         least = re.fullmatch(r"(?:>=)?\s*([0-9.]+)", wanted)
         if least is None:
             raise RunnerError(f"{found.folder} requires {package} {wanted!r}, expected >= and a version")
-        if _numbers(have := metadata.version(package)) < _numbers(least[1]):
+        try:
+            have = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            have = "0 (none)"
+        if _numbers(have) < _numbers(least[1]):
             raise RunnerError(
                 f"{found.folder} needs {package} {least[1]} or newer, {have} is installed",
                 f"pip install --upgrade '{package}>={least[1]}'",
@@ -298,7 +320,7 @@ def _explained(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # RuntimeError, MemoryError, and what the binding makes of others
-        cause = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
+        cause = _NOISE.sub("", re.sub(r"\s+", " ", str(error))).strip() or type(error).__name__
         installed = f"{PACKAGE} {metadata.version(PACKAGE)}, onnxruntime {metadata.version('onnxruntime')}"
         hint = next((text for pattern, text in _HINTS.items() if re.search(pattern, cause)), None)
         raise RunnerError(f"{RUNTIME} {what}: {cause[:300]}", hint and hint.format(installed=installed)) from None
