@@ -1,4 +1,4 @@
-"""`phi3edge inspect`: what a GGUF file, an exported folder or a checkpoint is."""
+"""`phi3edge inspect`: what a GGUF file, an ONNX model, an exported folder or a checkpoint is."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import typer
 from rich.text import Text
 
 from phi3edge import manifest
+from phi3edge.cli import _inspect_onnx
 from phi3edge.cli._options import JsonOption
 from phi3edge.cli._output import print_json, stdout, table
 from phi3edge.errors import UsageError
+from phi3edge.genai_folder import is_genai
 from phi3edge.gguf_file import GGUFTensor, ggml_types, read_header
 from phi3edge.types import JSON
 from phi3edge.units import size
@@ -22,26 +24,34 @@ LONGEST_VALUE = 70
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A .gguf file, an exported folder, or a checkpoint.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A .gguf file, an ONNX model or folder, an export, or a checkpoint.")
+    ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     metadata: Annotated[bool, typer.Option("--metadata", help="List every metadata key.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Explain any GGUF file, any folder that phi3edge wrote, or a checkpoint. Reads headers only.
+    """Explain any GGUF file, ONNX model or ONNX Runtime GenAI folder, export, or checkpoint. Reads headers only.
 
     Examples: `phi3edge inspect dist/demo-iphone`, `phi3edge inspect model.gguf --tensors --json`
     """
     if path.is_dir() and (path / manifest.NAME).is_file():
         described = manifest.read_manifest(path)
-        files = [path / entry["name"] for entry in described["files"]]
-        content: JSON = {"kind": "artifact", "manifest": described, **explain(files, tensors, metadata)}
+        if described.get("format") == "onnx":
+            explained = _inspect_onnx.explain(path, tensors)
+        else:
+            explained = explain([path / entry["name"] for entry in described["files"]], tensors, metadata)
+        content: JSON = {"kind": "artifact", "manifest": described, **explained}
+    elif is_genai(path) or (path.suffix == ".onnx" and path.is_file()):
+        content = {"kind": "onnx", **_inspect_onnx.explain(path, tensors)}
     elif path.is_dir():
         content = {"kind": "checkpoint", **explain_checkpoint(path)}
     elif path.is_file():
         content = {"kind": "gguf", **explain([path], tensors, metadata)}
     else:
         raise UsageError(
-            f"{path} does not exist", "expected a .gguf file, an exported folder, or a checkpoint's folder"
+            f"{path} does not exist",
+            "expected a .gguf file, an ONNX model or folder, an exported folder, or a checkpoint's",
         )
     if as_json:
         print_json(content)
@@ -142,14 +152,15 @@ def explain_checkpoint(folder: Path) -> JSON:
 def show(path: Path, content: JSON) -> None:
     """The explanation for a terminal."""
     head = Text(str(content.get("name") or path.name), style="bold")
-    head.append(f"  {content.get('architecture') or content.get('family')}, ", style="dim")
-    head.append(f"{content['parameters'] / 1e9:.2f} B weights", style="dim")
+    head.append(f"  {content.get('architecture') or content.get('family')}", style="dim")
+    if "parameters" in content:
+        head.append(f", {content['parameters'] / 1e9:.2f} B weights", style="dim")
     stdout.print(head)
     if described := content.get("manifest"):
         model, licence = described["model"], described["model"]["licence"] or "unknown"
         made = f"made from {model['checkpoint']} for {described['target']} with {described['recipe']['name']}"
         stdout.print(f"{made}, licence {licence}", markup=False)
-        for entry in described["files"]:
+        for entry in described["files"] if "operators" not in content else ():
             stdout.print(f"  {entry['name']}: {size(entry['bytes'])}")
         for line in described["notes"]:
             stdout.print(Text(f"note: {line}", style="yellow"))
@@ -158,8 +169,11 @@ def show(path: Path, content: JSON) -> None:
     settings = table("setting", "value")
     for key, value in content["settings"].items():
         settings.add_row(key, _show(value))
-    stdout.print(settings)
-    if "types" in content:
+    if content["settings"]:
+        stdout.print(settings)
+    if "operators" in content:
+        _inspect_onnx.show(content)
+    elif "types" in content:
         types = table("type", ">tensors", ">weights", ">bytes", ">bits/weight")
         for t in content["types"]:
             types.add_row(
