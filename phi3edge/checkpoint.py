@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from phi3edge import registry
+from phi3edge import prequantized, registry
 from phi3edge.errors import CheckpointError, UnsupportedError
 from phi3edge.safetensors_file import DTYPE_BYTES, TensorEntry, parse_object, read_header
-from phi3edge.types import JSON, ModelSpec, Source
+from phi3edge.types import JSON, ModelSpec, Quantized, Source, TensorSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,6 +49,9 @@ PICKLE_HINT = (
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 PIECE = 1 << 17
 """Elements read and converted at a time: small enough to stay in a core's cache between the two."""
+
+SLAB = 1 << 20
+"""Bytes read at a time where only some columns are wanted."""
 
 LOCAL = Source(None, None)
 """A folder of unknown origin."""
@@ -112,6 +115,7 @@ class Checkpoint:
         source: where it came from; its licence is the model card's.
         config: config.json.
         generation_config: generation_config.json, or None.
+        integers: how its linears are stored, if not as floats.
         shards: the weight files, in name order.
         names: all tensors, in shard order and, within a shard, in the order of their data.
     """
@@ -122,6 +126,7 @@ class Checkpoint:
         self.config = read_json(path, CONFIG)
         self.generation_config = read_json(path, GENERATION_CONFIG) if (path / GENERATION_CONFIG).exists() else None
         refuse_foreign_code(self.config)
+        self.integers = prequantized.parse(self.config)
         for name in SMALL_FILES:
             _inside(path, name)
         self.source = replace(source, licence=source.licence or _licence(path))
@@ -150,14 +155,14 @@ class Checkpoint:
 
     def read(self, name: str) -> NDArray[np.float32]:
         """A whole tensor as float32, in its own shape."""
-        shape = self._entry(name).shape
+        shape = self._sides(name) if self._is_integers(name) else self._entry(name).shape
         return self.rows(name, 0, _matrix(shape)[0]).reshape(shape)
 
     def rows(self, name: str, start: int, stop: int, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Rows [start, stop) of a tensor as float32. May be called from several threads at once.
 
         Args:
-            name: a tensor; one of shape (n,) is one row of n columns.
+            name: a tensor; one of shape (n,) is one row of n columns; one stored as integers is dequantized.
             start: first row.
             stop: one after the last row.
             out: where to put them, shape (stop - start, columns), contiguous; else a new array.
@@ -166,6 +171,12 @@ class Checkpoint:
             CheckpointError: no such tensor, a dtype that is no float, a weight that is NaN or infinite, or a file that
                 became shorter since it was opened.
         """
+        if self._is_integers(name):
+            weight = prequantized.dequantize(self.codes(name, start, stop))
+            if out is None:
+                return weight
+            np.copyto(out, weight)
+            return out
         entry, columns, begin = self._locate(name, start, stop)
         kind = self._float_format(name)
         out = np.empty((stop - start, columns), np.float32) if out is None else out
@@ -192,8 +203,34 @@ class Checkpoint:
         self._ranges.setdefault(name, []).append((start, stop))
         return data
 
+    def codes(self, name: str, start: int, stop: int) -> Quantized:
+        """Rows [start, stop) of a linear that is stored as integers, as they are. May be called from several threads.
+
+        Returns:
+            codes uint8 (rows, columns), scales float32 and zero points uint8 (rows, blocks), on the grid that
+            phi3edge.prequantized names, always with zero points.
+
+        Raises:
+            CheckpointError, UnsupportedError: see `check`.
+        """
+        assert self.integers is not None
+        rows, columns = self._sides(name)
+        if not 0 <= start <= stop <= rows:
+            raise ValueError(f"rows {start} to {stop} of tensor {name!r}, which has {rows}")
+        words = self.integers.words(start, stop)
+        first = words.start * self.integers.per_word
+        qweight = self._columns(_part(name, "qweight"), self.integers.columns(words))
+        scales, zero_points = self._blocks(name, words)
+        kept = slice(start - first, stop - first)
+        self._ranges.setdefault(name, []).append((start, stop))
+        grid = f"uint{self.integers.bits}_b{columns // scales.shape[1]}"
+        return Quantized(grid, self.integers.codes(qweight)[kept], scales[kept], zero_points=zero_points[kept])
+
     def check(self, spec: ModelSpec) -> None:
         """Every tensor of the model is there with its shape and dtype, and nothing else is.
+
+        Linears that are stored as integers have scales, zero points and an order of inputs that the grid of the
+        model's spec holds exactly; biases beside them, as older tools write them, are 0.
 
         Dtypes: matrices have the one that config.json names or, if it names none, all the same; BF16, F16 or F32. A
         vector (norm gain) may be F32 beside narrower matrices, as some trainers save it: that loses nothing.
@@ -201,18 +238,27 @@ class Checkpoint:
 
         Raises:
             CheckpointError: names the tensor, what was expected and what is there.
+            UnsupportedError: integers that no grid holds: inputs out of order, or zero points beyond the codes.
         """
-        expected = {tensor.name: tensor for tensor in spec.tensors}
-        for name, tensor in expected.items():
+        integers = [tensor for tensor in spec.tensors if tensor.grid is not None]
+        expected = {tensor.name: tensor.shape for tensor in spec.tensors if tensor.grid is None}
+        parts = {_part(t.name, part): shape for t in integers for part, shape in self._parts(t).items()}
+        for name, shape in (expected | parts).items():
             if name not in self._entries:
                 hint = "config.json does not say tie_word_embeddings: true" if name == HEAD else None
                 raise CheckpointError(f"tensor {name!r} is missing from {self.path}", hint)
-            if self._entries[name].shape != tensor.shape:
+            if self._entries[name].shape != shape:
                 got = self._entries[name].shape
-                raise CheckpointError(f"tensor {name!r} has shape {got}, config.json says {tensor.shape}")
+                raise CheckpointError(f"tensor {name!r} has shape {got}, config.json says {shape}")
+        biases, twice = {_part(t.name, "bias") for t in integers}, {t.name for t in integers}
         for name in self.names:
-            if name in expected:
+            if name in expected or name in parts:
                 continue
+            if name in biases:
+                self._check_no_bias(name)
+                continue
+            if name in twice:
+                raise CheckpointError(f"{name!r} and {_part(name, 'qweight')!r} are both there; expected one of them")
             if not (spec.tied and name == HEAD):
                 raise CheckpointError(
                     f"unknown tensor {name!r} of shape {self._entries[name].shape}: no part of a {spec.family} model",
@@ -220,6 +266,8 @@ class Checkpoint:
                 )
             self._check_tied_head()
         self._check_dtypes(tuple(expected))
+        for tensor in integers:
+            self._check_integers(tensor)
 
     @contextmanager
     def each_read_once(self, spec: ModelSpec) -> Iterator[None]:
@@ -287,6 +335,25 @@ class Checkpoint:
                     "save the model again in one dtype, or correct torch_dtype in config.json",
                 )
 
+    def _parts(self, tensor: TensorSpec) -> dict[str, tuple[int, ...]]:
+        """Suffix and shape of the tensors that a linear on a grid is stored as."""
+        assert self.integers is not None
+        return self.integers.parts(tensor)
+
+    def _check_integers(self, tensor: TensorSpec) -> None:
+        """A linear's scales, zero points and groups are what the grid of its spec holds."""
+        assert self.integers is not None
+        for part in self._parts(tensor):
+            name = _part(tensor.name, part)
+            dtype, known = self._entries[name].dtype, tuple(FLOATS) if part == "scales" else ("I32",)
+            if dtype not in known:
+                raise CheckpointError(f"tensor {name!r} has dtype {dtype}; expected {' or '.join(known)}")
+        self._blocks(tensor.name, self.integers.words(0, tensor.shape[0]))
+
+    def _check_no_bias(self, name: str) -> None:
+        if self.read(name).any():
+            raise UnsupportedError(f"tensor {name!r} is not 0: the family's linears have no bias")
+
     def _check_tied_head(self) -> None:
         """A stored head of a tied model must be the embedding's bytes: anything else is a model of two minds."""
         same = self.info(HEAD) == self.info(EMBEDDING)
@@ -300,6 +367,43 @@ class Checkpoint:
                 f"config.json says tie_word_embeddings: true, but {HEAD!r} is stored and is not {EMBEDDING!r}",
                 "set tie_word_embeddings to false if the stored head is the right one, else delete it",
             )
+
+    def _is_integers(self, name: str) -> bool:
+        return self.integers is not None and _part(name, "qweight") in self._entries
+
+    def _sides(self, name: str) -> tuple[int, int]:
+        """Rows and columns (outputs and inputs) of a linear that is stored as integers."""
+        assert self.integers is not None
+        return self.integers.sides(self._entry(_part(name, "qweight")).shape)
+
+    def _blocks(self, name: str, words: range) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        """Scales and zero points of the outputs in some words of a linear, (outputs, blocks); see `check`."""
+        assert self.integers is not None
+        scales, groups = _part(name, "scales"), _part(name, "g_idx")
+        bits = self._columns(scales, self.integers.outputs(words))
+        kind = self._float_format(scales)
+        _check_finite(scales, bits.reshape(-1), kind, 0, bits.shape[1])
+        values = bits.view(np.float32) if kind.config_name == "float32" else np.empty(bits.shape, np.float32)
+        WIDEN[self._entries[scales].dtype](bits, values)
+        qzeros = self._columns(_part(name, "qzeros"), words)
+        g_idx = None
+        if groups in self._entries:
+            g_idx = np.empty(self._entries[groups].shape, np.int32)
+            self._read_at(groups, self._entries[groups].offset, g_idx)
+        return self.integers.blocks(name.removesuffix(".weight"), self._sides(name)[1], values, qzeros, g_idx)
+
+    def _columns(self, name: str, columns: range) -> NDArray[Any]:
+        """Some columns of a matrix as they are stored, as unsigned integers: (rows, len(columns))."""
+        entry = self._entry(name)
+        rows, width = entry.shape
+        dtype = np.dtype(f"<u{DTYPE_BYTES[entry.dtype]}")
+        out = np.empty((rows, len(columns)), dtype)
+        slab = np.empty((max(1, SLAB // (width * dtype.itemsize)), width), dtype)
+        for first in range(0, rows, len(slab)):
+            piece = slab[: rows - first]
+            self._read_at(name, entry.offset + first * width * dtype.itemsize, piece.reshape(-1))
+            out[first : first + len(piece)] = piece[:, columns.start : columns.stop]
+        return out
 
     def _shard(self, name: str) -> str:
         return Path(self._files[name].name).name
@@ -458,6 +562,11 @@ def cached_source(folder: Path) -> Source:
     if home.parent.name != "snapshots" or not cached:
         return Source(None, None)
     return Source(f"{cached[1]}/{cached[2]}", home.name)
+
+
+def _part(name: str, part: str) -> str:
+    """The name of one of the tensors that a linear is stored as."""
+    return f"{name.removesuffix('.weight')}.{part}"
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

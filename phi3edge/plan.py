@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from phi3edge.codecs import codec, codec_names, is_float, row_bytes
 from phi3edge.errors import DoesNotFitError, UnsupportedError
+from phi3edge.prequantized import exact_codec
 from phi3edge.providers import codecs_for, load_provider
 from phi3edge.recipes import Recipe, shipped_recipes
 from phi3edge.targets import KV_BYTES, Format, Runtime, Target
@@ -30,20 +31,26 @@ def make_plan(model: ModelSpec, name: str, recipe: Recipe) -> QuantPlan:
 
     Raises:
         ConfigError: a row that neither the recipe's codec nor its declared fallbacks can hold.
+        UnsupportedError: codes of the checkpoint that no codec of the recipe's format can hold as they are.
     """
     return QuantPlan(model, name, tuple(_plan_tensor(t, model, name, recipe) for t in model.tensors))
 
 
 def _plan_tensor(tensor: TensorSpec, model: ModelSpec, name: str, recipe: Recipe) -> TensorPlan:
     wanted = recipe.wanted(tensor, model.layers, model.tied)
-    codec = recipe.resolve(name, wanted, tensor)
     columns = tensor.shape[-1]
+    if tensor.grid is not None and not is_float(wanted):
+        chosen = wanted = exact_codec(tensor.grid, codec(wanted).FORMATS[0])
+        method = "imported"
+    else:
+        chosen = recipe.resolve(name, wanted, tensor)
+        method = "cast" if is_float(chosen) else recipe.method
     return TensorPlan(
         tensor=tensor,
-        codec=codec,
-        method="cast" if is_float(codec) else recipe.method,
-        bytes=tensor.size // columns * row_bytes(codec, columns),
-        wanted=None if codec == wanted else wanted,
+        codec=chosen,
+        method=method,
+        bytes=tensor.size // columns * row_bytes(chosen, columns),
+        wanted=None if chosen == wanted else wanted,
     )
 
 
@@ -223,6 +230,12 @@ def warnings(plan: QuantPlan, target: Target, format_: Format, context: int) -> 
         notes.append(
             f"{runtime.name} is not run here: the graph is held against a list of its operators and types, and figures "
             "come from the same weights on the CPU."
+        )
+    if imported := [t for t in plan.tensors if t.method == "imported"]:
+        kinds = ", ".join(sorted({f"{t.tensor.grid} as {t.codec}" for t in imported}))
+        notes.append(
+            f"{len(imported)} linears keep the codes, scales and zero points of the checkpoint ({kinds}): nothing is "
+            "rounded again. The recipe decides the rest."
         )
     fallbacks = sorted({(t.wanted, t.codec) for t in plan.tensors if t.wanted})
     notes += [f"Rows that are no whole blocks of {wanted} are written as {taken}." for wanted, taken in fallbacks]

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeAlias
 
 from phi3edge.codecs import codec
+from phi3edge.errors import UnsupportedError
 from phi3edge.machine import usable_cores
 from phi3edge.registry import load
 from phi3edge.types import QuantPlan, TensorPlan
@@ -38,6 +39,7 @@ def quantize(
 
     Raises:
         CheckpointError: a weight that is not finite.
+        UnsupportedError: a weight that its codec cannot hold; names the tensor.
     """
     count = threads or usable_cores()
     work = ((t, start, stop) for t in plan.tensors for start, stop in _chunks(t))
@@ -71,5 +73,8 @@ def _chunks(t: TensorPlan) -> list[tuple[int, int]]:
 def _pack_rows(checkpoint: Checkpoint, t: TensorPlan, start: int, stop: int) -> np.ndarray:
     """Rows start to stop of a tensor, rounded and packed."""
     module, method = codec(t.codec), load("methods", t.method)
-    weight = checkpoint.rows(t.tensor.name, start, stop).reshape(stop - start, -1)
-    return module.pack(method.quantize(weight, module))
+    read = checkpoint.codes if t.method == "imported" else checkpoint.rows
+    try:
+        return module.pack(method.quantize(read(t.tensor.name, start, stop), module))
+    except UnsupportedError as error:
+        raise UnsupportedError(f"tensor {t.tensor.name!r}: {error.message}", error.hint) from error

@@ -41,6 +41,7 @@ class TensorSpec:
         layer: index of the decoder block, or None outside the blocks.
         shape: (rows, columns) = (outputs, inputs) of a linear, (vocabulary, hidden) of an embedding, (n,) of a norm.
         parts: the named row ranges of a fused tensor, in order; empty if it is not fused.
+        grid: the affine codec that the checkpoint already has it on; None for floats.
     """
 
     name: str
@@ -48,6 +49,7 @@ class TensorSpec:
     layer: int | None
     shape: tuple[int, ...]
     parts: tuple[Part, ...] = ()
+    grid: str | None = None
 
     @property
     def size(self) -> int:
@@ -114,7 +116,7 @@ class TensorPlan:
 
     Attributes:
         codec: name of the codec it is written in.
-        method: how it is rounded: "rtn", or "cast" for float codecs.
+        method: how it is rounded: "rtn", "cast" for float codecs, or "imported": not at all.
         bytes: size of its packed data.
         wanted: the codec that the recipe named, where its declared fallback was taken instead; else None.
     """

@@ -32,6 +32,7 @@ NO_EFFECT = {
     "output_hidden_states",
     "pad_token_id",
     "problem_type",
+    "quantization_config",
     "resid_pdrop",
     "return_dict",
     "transformers_version",
@@ -40,7 +41,7 @@ NO_EFFECT = {
     "unsloth_fixed",
     "unsloth_version",
 }
-"""Keys that inference does not read (dropouts, training, bookkeeping), or that are read elsewhere (token ids)."""
+"""Keys that inference does not read (dropouts, training, bookkeeping), or that are read elsewhere (ids, grids)."""
 
 FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
@@ -51,7 +52,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1.0, 1, None),
     "full_attn_mod": (1, None),
     "interpolate_factor": (1, None),
-    "quantization_config": (None,),
     "layer_types": (None,),
 }
 """Keys that change the function, with the values that phi3edge computes with."""
