@@ -1,12 +1,14 @@
-"""Compare every codec with ggml's own quantizer: time and squared error, on one thread.
+"""Compare every codec with the quantizer of the runtime that reads it, ggml's or onnxruntime's: time and squared error.
+
+Both sides use one thread.
 
     python bench/codecs.py [--checkpoint NAME] [--only q4_k,iq4_xs] [--limit 8000000] [--repeats 3] [--json]
 
 NAME is a folder in Hugging Face's layout, a hub name, or "demo" (the default). Tensors are taken from the middle of
 the model until the limit of weights is reached. Each repeat times both sides in turn, and the fastest of each counts.
-The importance is a stand-in for a calibration: log-normal, sigma 1.5, seeded. The squared error is
-sum(importance * (weight - decoded)**2), both sides decoded by gguf-py; ggml's over that is what it costs not to use
-ours, so below 1 is better in all columns.
+The importance is a stand-in for a calibration: log-normal, sigma 1.5, seeded; onnxruntime's quantizer knows none. The
+squared error is sum(importance * (weight - decoded)**2), both sides decoded by gguf-py or, for affine codecs, by our
+own code, which tests hold against MatMulNBits. Ratios are ours over theirs: below 1 is better in all columns.
 """
 
 import argparse
@@ -15,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import gguf
@@ -26,10 +27,10 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from _ggml import quantize_chunk  # noqa: E402
+import _ggml  # noqa: E402
+import _ort  # noqa: E402
 
-from phi3edge.codecs import codec, is_float  # noqa: E402
-from phi3edge.registry import names  # noqa: E402
+from phi3edge.codecs import codec, codec_names, is_float  # noqa: E402
 from phi3edge.sources import resolve  # noqa: E402
 
 
@@ -49,14 +50,24 @@ def weights(checkpoint: str, limit: int) -> dict[str, np.ndarray]:
     return chosen
 
 
-def error(weight: np.ndarray, packed: np.ndarray, module: ModuleType, importance: np.ndarray | None) -> float:
-    """The weighted squared error of packed bytes, decoded by gguf-py."""
-    decoded = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType(module.GGML_TYPE))
+def rival(module: Any, weight: np.ndarray, importance: np.ndarray | None) -> Any:
+    """What the runtime's own quantizer makes of a weight."""
+    if "onnx" in module.FORMATS and not is_float(module.NAME):
+        return _ort.quantize(module, weight)
+    return _ggml.quantize_chunk(module, weight, importance)
+
+
+def error(weight: np.ndarray, made: Any, module: Any, importance: np.ndarray | None) -> float:
+    """The weighted squared error of packed bytes, or of an affine codec's Quantized."""
+    if "onnx" in module.FORMATS and not is_float(module.NAME):
+        decoded = module.dequantize(module.unpack(made) if isinstance(made, np.ndarray) else made)
+    else:
+        decoded = gguf.quants.dequantize(made, gguf.GGMLQuantizationType(module.GGML_TYPE))
     squares = (weight - decoded).astype(np.float64) ** 2
     return float((squares if importance is None else squares * importance).sum())
 
 
-def timed(work: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds that a call took, and what it gave."""
     start = time.perf_counter()
     result = work()
@@ -78,16 +89,16 @@ def compare(name: str, tensors: dict[str, np.ndarray], weighted: bool, repeats: 
         module.pack(module.quantize(weight[:1], importance))  # compiles
         best = np.full(2, np.inf)
         for _ in range(repeats):
-            ours, our_bytes = timed(lambda w=weight, i=importance: module.pack(module.quantize(w, i)))
-            theirs, their_bytes = timed(lambda w=weight, i=importance: quantize_chunk(module, w, i))
-            best = np.minimum(best, (ours, theirs))
+            our_time, ours = timed(lambda w=weight, i=importance: module.pack(module.quantize(w, i)))
+            their_time, theirs = timed(lambda w=weight, i=importance: rival(module, w, i))
+            best = np.minimum(best, (our_time, their_time))
         seconds += best
-        errors += error(weight, our_bytes, module, importance), error(weight, their_bytes, module, importance)
+        errors += error(weight, ours, module, importance), error(weight, theirs, module, importance)
         size += weight.size
     return {
         "weights": size,
         "our_weights_per_second": size / seconds[0] if size else None,
-        "ggml_weights_per_second": size / seconds[1] if size else None,
+        "their_weights_per_second": size / seconds[1] if size else None,
         "time_ratio": seconds[0] / seconds[1] if size else None,
         "error_ratio": errors[0] / errors[1] if errors[1] else None,
     }
@@ -95,7 +106,7 @@ def compare(name: str, tensors: dict[str, np.ndarray], weighted: bool, repeats: 
 
 def table(results: dict[str, dict[str, Any]]) -> Table:
     """What `compare` found, for people."""
-    out = Table(title="ours over ggml's, one thread; below 1 is better")
+    out = Table(title="ours over ggml's or onnxruntime's, one thread; below 1 is better")
     for column in ("codec", "Mw/s", "time", "error", "Mw/s, weighted", "time, weighted", "error, weighted"):
         out.add_column(column, justify="left" if column == "codec" else "right")
     for name, result in results.items():
@@ -112,7 +123,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="demo")
-    parser.add_argument("--only", type=lambda text: text.split(","), default=list(names("codecs")))
+    parser.add_argument("--only", type=lambda text: text.split(","), default=list(codec_names()))
     parser.add_argument("--limit", type=int, default=8_000_000, help="weights to read")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")

@@ -1,16 +1,17 @@
 """Compiled loops of the affine grids: weight = scale * (code - zero point), code in [0, top].
 
-`fit` searches the scales and zero points of 64 blocks at once, one per lane, as the K-quants' searches do: every inner
-loop runs over lanes and vectorizes without relaxed floating point, so the same input gives the same bytes on every
-machine. All state of the lanes lies in one flat table (slot k of lane i is table[k + i]): fixed distances tell the
-compiler that slots do not overlap.
+`fit` searches the scales and zero points of 128 blocks at once, one per lane, transposed, so that every inner loop runs
+over lanes and vectorizes without relaxed floating point: the same input gives the same bytes on every machine. As
+zero points are whole, code - zero point = weight / scale, rounded and cut to the codes; and for given codes the best
+scale is that of least squares through zero.
 """
 
 import numpy as np
 
 from phi3edge.codecs._blocks import column_weights, whole_blocks
 from phi3edge.codecs._half import from_half, to_half
-from phi3edge.codecs._kquant_lanes import BEYOND_ROUNDING, LANES, MAGIC, gather, jit
+from phi3edge.codecs._kquant_lanes import BEYOND_ROUNDING, jit
+from phi3edge.codecs._lanes import LANES
 from phi3edge.errors import UnsupportedError
 from phi3edge.types import Quantized
 
@@ -19,31 +20,32 @@ _ONE = np.float32(1)
 _INFINITY = np.float32(np.inf)
 _HALF_MAX = np.float32(65504)
 
-# A block's range, with 0 in it.
-_LOW, _HIGH = 0 * LANES, 1 * LANES
-# Rounding in use: code - zero = round(x * INVERSE) cut to the codes; sums of w*c*c, w*x*c over c = code - zero.
-_INVERSE, _GRID_ZERO, _SUM_CC, _SUM_XC = 2 * LANES, 3 * LANES, 4 * LANES, 5 * LANES
-# The best so far by least squares: what it saves of the squared error.
-_BEST_SCALE, _BEST_ZERO, _BEST_GAIN = 6 * LANES, 7 * LANES, 8 * LANES
-# Stored numbers (scale on a float16) and their squared error; the best so far.
-_SCALE, _ERROR, _KEPT_SCALE, _KEPT_ZERO, _KEPT_ERROR = 9 * LANES, 10 * LANES, 11 * LANES, 12 * LANES, 13 * LANES
-_SLOTS = 14
-
 _REFINEMENTS = 2  # how often the best guess is rounded and fitted again
 
 
 @jit
-def _describe(x, n, table):
-    """LOW (at most 0) and HIGH (at least 0) of each lane."""
-    for lane in range(LANES):
-        table[_LOW + lane] = _ZERO
-        table[_HIGH + lane] = _ZERO
-    for i in range(n):
-        for lane in range(LANES):
-            v = x[i * LANES + lane]
-            low, high = table[_LOW + lane], table[_HIGH + lane]
-            table[_LOW + lane] = v if v < low else low
-            table[_HIGH + lane] = v if v > high else high
+def _load(source, start, count, x):
+    """Transposes `count` runs of n numbers of a periodic source, from `start` on, to x (n, lanes); the rest are 0."""
+    n = x.shape[0]
+    position = start % source.size
+    for lane in range(count):
+        for j in range(n):
+            x[j, lane] = source[position + j]
+        position += n
+        if position == source.size:
+            position = 0
+    x[:, count:] = 0
+
+
+@jit
+def _range(x, low, high):
+    """Each lane's range with 0 in it: x float32 (n, lanes), the others (lanes,), written."""
+    low[:] = 0
+    high[:] = 0
+    for j in range(x.shape[0]):
+        for lane in range(low.shape[0]):
+            low[lane] = min(low[lane], x[j, lane])
+            high[lane] = max(high[lane], x[j, lane])
 
 
 @jit
@@ -54,120 +56,61 @@ def _inverse(scale):
 
 
 @jit
-def _guess_signed(code, zero, table):
-    """The scale that gives the weight of largest magnitude this code (less the zero point), of either sign."""
-    for lane in range(LANES):
-        low, high = table[_LOW + lane], table[_HIGH + lane]
-        table[_INVERSE + lane] = code * _inverse(high if high > -low else low)
-        table[_GRID_ZERO + lane] = zero
+def _guess(low, high, above, below, top, inverse, zero):
+    """The scale that cuts these steps off at the range's ends, and the nearest whole zero point."""
+    for lane in range(low.shape[0]):
+        inverse[lane] = (top + above + below) * _inverse(high[lane] - low[lane])
+        zero[lane] = np.rint(min(max(-low[lane] * inverse[lane] - below, _ZERO), top))
 
 
 @jit
-def _guess_ranged(above, below, top, table):
-    """The scale that cuts these steps off at the range's ends, and the nearest integer zero point."""
-    for lane in range(LANES):
-        low = table[_LOW + lane]
-        inverse = (top + above + below) * _inverse(table[_HIGH + lane] - low)
-        zero = -low * inverse - below
-        zero = zero if zero > _ZERO else _ZERO
-        zero = zero if zero < top else top
-        table[_INVERSE + lane] = inverse
-        table[_GRID_ZERO + lane] = (zero + MAGIC) - MAGIC
+def _guess_signed(low, high, code, middle, inverse, zero):
+    """The scale, of either sign, that gives the weight of largest magnitude this code less the middle one."""
+    for lane in range(low.shape[0]):
+        inverse[lane] = code * _inverse(high[lane] if high[lane] > -low[lane] else low[lane])
+        zero[lane] = middle
 
 
 @jit
-def _guess(guesses, k, top, zero, table):
-    """Sets INVERSE and GRID_ZERO to guess k; `zero` is the grid's fixed zero point, or None."""
-    if zero is None:
-        _guess_ranged(guesses[k, 0], guesses[k, 1], top, table)
-    else:
-        _guess_signed(guesses[k, 0], zero, table)
+def _sums(x, w, inverse, zero, top, cc, xc):
+    """For c = code - zero point: the sums of w c c and w x c of each lane."""
+    cc[:] = 0
+    xc[:] = 0
+    for j in range(0, x.shape[0], 4):
+        for lane in range(inverse.shape[0]):
+            for k in range(4):
+                v = x[j + k, lane]
+                c = min(max(np.rint(v * inverse[lane]), -zero[lane]), top - zero[lane])
+                wc = w[j + k, lane] * c
+                cc[lane] += wc * c
+                xc[lane] += wc * v
 
 
 @jit
-def _accumulate(x, w, n, top, table):
-    """Rounds all lanes with INVERSE and GRID_ZERO and sums what least squares needs."""
-    for lane in range(LANES):
-        table[_SUM_CC + lane] = _ZERO
-        table[_SUM_XC + lane] = _ZERO
-    for start in range(0, n * LANES, 8 * LANES):
-        for lane in range(LANES):
-            inverse, low = table[_INVERSE + lane], -table[_GRID_ZERO + lane]
-            high = top + low
-            sum_cc, sum_xc = table[_SUM_CC + lane], table[_SUM_XC + lane]
-            for k in range(8):
-                v = x[start + k * LANES + lane]
-                code = v * inverse
-                code = code if code > low else low
-                code = code if code < high else high
-                code = (code + MAGIC) - MAGIC
-                weighted = code if w is None else code * w[start + k * LANES + lane]
-                sum_cc += weighted * code
-                sum_xc += weighted * v
-            table[_SUM_CC + lane] = sum_cc
-            table[_SUM_XC + lane] = sum_xc
+def _keep_better_fit(cc, xc, zero, gain, best_scale, best_zero):
+    """Keeps the codes' least-squares scale, xc / cc, if it saves more of the error: xc**2 / cc."""
+    for lane in range(cc.shape[0]):
+        fitted = xc[lane] / cc[lane] if cc[lane] > _ZERO else _ZERO
+        saved = fitted * xc[lane]
+        better = saved > gain[lane] * BEYOND_ROUNDING
+        gain[lane] = saved if better else gain[lane]
+        best_scale[lane] = fitted if better else best_scale[lane]
+        best_zero[lane] = zero[lane] if better else best_zero[lane]
 
 
 @jit
-def _keep_better_fit(table):
-    """Keeps the codes' least-squares scale, sum_xc / sum_cc, if it saves more of the error: sum_xc**2 / sum_cc."""
-    for lane in range(LANES):
-        sum_cc, sum_xc = table[_SUM_CC + lane], table[_SUM_XC + lane]
-        scale = sum_xc / sum_cc if sum_cc > _ZERO else _ZERO
-        gain = scale * sum_xc
-        better = gain > table[_BEST_GAIN + lane] * BEYOND_ROUNDING
-        table[_BEST_SCALE + lane] = scale if better else table[_BEST_SCALE + lane]
-        table[_BEST_ZERO + lane] = table[_GRID_ZERO + lane] if better else table[_BEST_ZERO + lane]
-        table[_BEST_GAIN + lane] = gain if better else table[_BEST_GAIN + lane]
-
-
-@jit
-def _search(x, w, n, top, guesses, zero, table):
-    """BEST_SCALE and BEST_ZERO of each block, before the scale becomes a float16."""
-    for lane in range(LANES):
-        table[_BEST_SCALE + lane] = _ZERO
-        table[_BEST_ZERO + lane] = _ZERO if zero is None else zero
-        table[_BEST_GAIN + lane] = _ZERO
-    for k in range(guesses.shape[0]):
-        _guess(guesses, k, top, zero, table)
-        _accumulate(x, w, n, top, table)
-        _keep_better_fit(table)
-    for _ in range(_REFINEMENTS):
-        for lane in range(LANES):
-            table[_INVERSE + lane] = _inverse(table[_BEST_SCALE + lane])
-            table[_GRID_ZERO + lane] = table[_BEST_ZERO + lane]
-        _accumulate(x, w, n, top, table)
-        _keep_better_fit(table)
-
-
-@jit
-def _measure(x, w, n, top, table):
-    """The squared ERROR of each lane when rounded with SCALE and GRID_ZERO, from its residuals (sums would cancel)."""
-    for lane in range(LANES):
-        table[_ERROR + lane] = _ZERO
-        table[_INVERSE + lane] = _inverse(table[_SCALE + lane])
-    for start in range(0, n * LANES, 8 * LANES):
-        for lane in range(LANES):
-            inverse, low = table[_INVERSE + lane], -table[_GRID_ZERO + lane]
-            scale, high, error = table[_SCALE + lane], top + low, table[_ERROR + lane]
-            for k in range(8):
-                v = x[start + k * LANES + lane]
-                code = v * inverse
-                code = code if code > low else low
-                code = code if code < high else high
-                residual = scale * ((code + MAGIC) - MAGIC) - v
-                square = residual * residual
-                error += square if w is None else square * w[start + k * LANES + lane]
-            table[_ERROR + lane] = error
-
-
-@jit
-def _keep_better_stored(table):
-    for lane in range(LANES):
-        better = table[_ERROR + lane] < table[_KEPT_ERROR + lane]
-        table[_KEPT_SCALE + lane] = table[_SCALE + lane] if better else table[_KEPT_SCALE + lane]
-        table[_KEPT_ZERO + lane] = table[_GRID_ZERO + lane] if better else table[_KEPT_ZERO + lane]
-        table[_KEPT_ERROR + lane] = table[_ERROR + lane] if better else table[_KEPT_ERROR + lane]
+def _errors(x, w, scale, zero, top, inverse, error):
+    """The squared error of each lane, from its residuals: differences of sums would cancel. Overwrites `inverse`."""
+    error[:] = 0
+    for lane in range(scale.shape[0]):
+        inverse[lane] = _inverse(scale[lane])
+    for j in range(0, x.shape[0], 4):
+        for lane in range(scale.shape[0]):
+            for k in range(4):
+                v = x[j + k, lane]
+                c = min(max(np.rint(v * inverse[lane]), -zero[lane]), top - zero[lane])
+                residual = scale[lane] * c - v
+                error[lane] += w[j + k, lane] * residual * residual
 
 
 @jit
@@ -177,48 +120,71 @@ def _half(value):
 
 
 @jit
-def fit(weight, importance, n, top, zero, guesses, scales, zero_points):
-    """The scale and zero point of every block: least (weighted) squared error, at most that of the first guess.
+def fit(weight, importance, n, top, signed, guesses, scales, zero_points):
+    """The scale and zero point of every block: least weighted squared error, at most that of the first guess.
 
     Args:
         weight: float32 (rows, columns), C order, finite.
-        importance: float32 (columns,), positive, or None.
+        importance: float32 (columns,), positive.
         n: weights in a block.
         top: largest code, float32.
-        zero: the zero point of every block, float32; or None: each has its own.
-        guesses: float32, the first one being plain rounding. If each block has its own zero point, (candidates, 2):
-            steps that are cut off above and below its range (a negative number widens it). Else (candidates, 1): the
-            code, less `zero`, of its weight of largest magnitude.
+        signed: whether every zero point is the middle code, (top + 1) / 2.
+        guesses: float32 (candidates, 2), the first one being plain rounding: steps that are cut off above and below a
+            block's range (a negative number widens it). If signed: the code, less the middle one, of the weight of
+            largest magnitude; and 0.
         scales: float32 (rows, columns / n), written, on float16 values.
         zero_points: uint8 (rows, columns / n), written.
     """
-    flat = weight.reshape(-1)
-    flat_scales, flat_zeros = scales.reshape(-1), zero_points.reshape(-1)
-    total = flat.size // n
-    x = np.empty(n * LANES, np.float32)
-    w = None if importance is None else np.empty(n * LANES, np.float32)
-    table = np.zeros(_SLOTS * LANES, np.float32)
-    for start in range(0, total, LANES):
-        count = min(LANES, total - start)
-        gather(flat, start * n, count, n, x)
-        if importance is not None:
-            gather(importance, start * n, count, n, w)
-        _describe(x, n, table)
-        _search(x, w, n, top, guesses, zero, table)
+    flat, flat_scales, flat_zeros = weight.reshape(-1), scales.reshape(-1), zero_points.reshape(-1)
+    middle = (top + _ONE) / np.float32(2)
+    x = np.empty((n, LANES), np.float32)
+    w = np.empty((n, LANES), np.float32)
+    low = np.empty(LANES, np.float32)
+    high = np.empty(LANES, np.float32)
+    inverse = np.empty(LANES, np.float32)
+    zero = np.empty(LANES, np.float32)
+    cc = np.empty(LANES, np.float32)
+    xc = np.empty(LANES, np.float32)
+    gain = np.empty(LANES, np.float32)
+    best_scale = np.empty(LANES, np.float32)
+    best_zero = np.empty(LANES, np.float32)
+    error = np.empty(LANES, np.float32)
+    plain_scale = np.empty(LANES, np.float32)
+    plain_error = np.empty(LANES, np.float32)
+    for start in range(0, flat_scales.size, LANES):
+        count = min(LANES, flat_scales.size - start)
+        _load(flat, start * n, count, x)
+        _load(importance, start * n, count, w)
+        _range(x, low, high)
+        gain[:] = 0
+        best_scale[:] = 0
+        best_zero[:] = middle if signed else _ZERO
+        for k in range(guesses.shape[0]):
+            if signed:
+                _guess_signed(low, high, guesses[k, 0], middle, inverse, zero)
+            else:
+                _guess(low, high, guesses[k, 0], guesses[k, 1], top, inverse, zero)
+            _sums(x, w, inverse, zero, top, cc, xc)
+            _keep_better_fit(cc, xc, zero, gain, best_scale, best_zero)
+        for _ in range(_REFINEMENTS):
+            for lane in range(LANES):
+                inverse[lane] = _inverse(best_scale[lane])
+            _sums(x, w, inverse, best_zero, top, cc, xc)
+            _keep_better_fit(cc, xc, best_zero, gain, best_scale, best_zero)
         for lane in range(LANES):
-            table[_SCALE + lane] = _half(table[_BEST_SCALE + lane])
-            table[_GRID_ZERO + lane] = table[_BEST_ZERO + lane]
-            table[_KEPT_ERROR + lane] = _INFINITY
-        _measure(x, w, n, top, table)
-        _keep_better_stored(table)
-        _guess(guesses, 0, top, zero, table)
+            best_scale[lane] = _half(best_scale[lane])
+        _errors(x, w, best_scale, best_zero, top, inverse, error)
+        if signed:
+            _guess_signed(low, high, guesses[0, 0], middle, inverse, zero)
+        else:
+            _guess(low, high, guesses[0, 0], guesses[0, 1], top, inverse, zero)
         for lane in range(LANES):
-            table[_SCALE + lane] = _half(_inverse(table[_INVERSE + lane]))
-        _measure(x, w, n, top, table)
-        _keep_better_stored(table)
+            plain_scale[lane] = _half(_inverse(inverse[lane]))
+        _errors(x, w, plain_scale, zero, top, inverse, plain_error)
         for lane in range(count):
-            flat_scales[start + lane] = table[_KEPT_SCALE + lane]
-            flat_zeros[start + lane] = np.uint8(table[_KEPT_ZERO + lane])
+            better = error[lane] <= plain_error[lane]
+            flat_scales[start + lane] = best_scale[lane] if better else plain_scale[lane]
+            flat_zeros[start + lane] = np.uint8(best_zero[lane] if better else zero[lane])
 
 
 @jit
@@ -238,10 +204,8 @@ def round_codes(weight, scales, zero_points, n, top, codes):
             inverse = _inverse(scales[row, j])
             zero = np.float32(zero_points[row, j])
             for i in range(j * n, j * n + n):
-                code = weight[row, i] * inverse
-                code = code if code > -zero else -zero
-                code = code if code < top - zero else top - zero
-                codes[row, i] = np.uint8(np.int32((code + MAGIC) - MAGIC + zero))
+                c = min(max(np.rint(weight[row, i] * inverse), -zero), top - zero)
+                codes[row, i] = np.uint8(np.int32(c + zero))
 
 
 @jit
@@ -261,7 +225,7 @@ def quantize(
     n: int,
     bits: int,
     signed: bool,
-    guesses: tuple[float, ...] | tuple[tuple[float, float], ...],
+    guesses: tuple[tuple[float, float], ...],
 ) -> Quantized:
     """Fits the scale and zero point of every block and rounds: the `quantize` of the affine codecs.
 
@@ -281,12 +245,12 @@ def quantize(
     weight = whole_blocks(codec, weight, n)
     _check_range(codec, weight, bits)
     rows, columns = weight.shape
-    importance = None if importance is None else column_weights(importance, columns)
     scales = np.empty((rows, columns // n), np.float32)
     zero_points = np.empty((rows, columns // n), np.uint8)
     codes = np.empty((rows, columns), np.uint8)
-    top, zero = np.float32(2**bits - 1), np.float32(2 ** (bits - 1)) if signed else None
-    fit(weight, importance, n, top, zero, np.array(guesses, np.float32).reshape(len(guesses), -1), scales, zero_points)
+    top = np.float32(2**bits - 1)
+    starts = np.array(guesses, np.float32)
+    fit(weight, column_weights(importance, columns), n, top, signed, starts, scales, zero_points)
     round_codes(weight, scales, zero_points, n, top, codes)
     return Quantized(codec, codes, scales, zero_points=None if signed else zero_points)
 
