@@ -19,6 +19,7 @@ from phi3edge.emitters import FILES, Job, open_emitter
 from phi3edge.errors import MissingExtraError, OutputError, UnsupportedError, UsageError
 from phi3edge.families import parse_config
 from phi3edge.files import new_folder, sha256, write_text
+from phi3edge.genai_folder import is_genai
 from phi3edge.plan import (
     Fit,
     choose_context,
@@ -304,7 +305,7 @@ def validate_artifact(
     """Run an artifact beside its reference, hold it against a target's gates, and write its report.json.
 
     Args:
-        artifact: a folder that `export` wrote, or a file that a runtime opens.
+        artifact: a folder that `export` wrote, or a file or folder that a runtime opens.
         checkpoint: the reference's name; None for the one that the manifest names.
         target: whose gates, context and KV cache to use; None for the one that the manifest names.
         text: what to score on; None for the documentation inside Python.
@@ -325,11 +326,12 @@ def validate_artifact(
     from phi3edge.validate import validate
 
     if not artifact.exists():
-        raise UsageError(f"{artifact} does not exist", "expected a folder that export wrote, or a .gguf file")
+        raise UsageError(f"{artifact} does not exist", "expected an exported folder, a .gguf file or an ONNX folder")
     if found := artifacts_in(artifact):
         raise UsageError(f"{artifact} holds {len(found)} artifacts", f"name one of them: {found[0]}")
     folder = artifact if artifact.is_dir() else artifact.parent
-    described = manifest.read_manifest(folder) if artifact.is_dir() or (folder / manifest.NAME).is_file() else None
+    ours = (folder / manifest.NAME).is_file() or (artifact.is_dir() and not is_genai(artifact))
+    described = manifest.read_manifest(folder) if ours else None
     if described is None and (checkpoint is None or target is None):
         missing = "--checkpoint" if checkpoint is None else "--target"
         raise UsageError(f"{artifact} has no {manifest.NAME} beside it that says what it is", f"give {missing}")
@@ -338,9 +340,10 @@ def validate_artifact(
     with reporting(stages) as told:
         source = resolve(checkpoint or said["model"]["checkpoint"], told)
     source.close()  # the reference is computed from its folder
-    runtime = device.formats.get(said.get("format", "gguf")) or next(iter(device.formats.values()))
+    format_ = said.get("format", "onnx" if is_genai(artifact) else "gguf")
+    runtime = device.formats.get(format_) or next(iter(device.formats.values()))
     report = validate(
-        folder / said["files"][0]["name"] if artifact.is_dir() else artifact,
+        folder / said["files"][0]["name"] if described and artifact.is_dir() else artifact,
         source.path,
         text=read_text(text) if text else None,
         chunks=chunks,

@@ -85,7 +85,8 @@ def runner_for(artifact: Path) -> ModuleType:
         if module.accepts(artifact):
             return module
     raise UsageError(
-        f"no runtime here runs {artifact.name}", f"runtimes: {', '.join(registry.names('runners'))}; a .gguf file, say"
+        f"no runtime here runs {artifact.name}",
+        f"runtimes: {', '.join(registry.names('runners'))}; a .gguf file, say, or a folder with genai_config.json",
     )
 
 
@@ -110,7 +111,7 @@ def validate(
     """Scores an artifact against the checkpoint it was made from.
 
     Args:
-        artifact: what to run: a .gguf file (of a split one, the first part).
+        artifact: what to run: a .gguf file (of a split one, the first part), or an ONNX Runtime GenAI folder.
         checkpoint: the checkpoint's folder, in Hugging Face layout.
         text: what to score on; None for `default_text()`.
         chunks: number of chunks of the text.

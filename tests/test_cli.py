@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from _genai import write_genai
 from _models import MHA, write_model
 from _targets import write_target
 
@@ -93,6 +94,27 @@ def test_inspect_counts_all_parts_of_a_split_artifact(model, tmp_path):
     assert len(list(parts.glob("*.gguf"))) > 1
     assert first["parameters"] == second["parameters"]
     assert first["types"] == second["types"]
+
+
+def test_inspect_an_onnx_folder(model, tmp_path):
+    folder = write_genai(model, tmp_path / "tiny-onnx")
+    said = json.loads(run("inspect", folder, "--json", "--tensors").stdout)
+    assert (said["kind"], said["name"], said["architecture"]) == ("onnx", "tiny-onnx", "phi3")
+    assert said["settings"]["provider"] == "cpu"
+    assert said["settings"]["kv_cache"] == "f32"
+    assert said["settings"]["eos_token_ids"] == [0, 3]
+    assert said["operators"]["com.microsoft.GroupQueryAttention"] == 2
+    assert said["file_bytes"] == sum((folder / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    assert {f["name"] for f in said["files"]} == {f.name for f in folder.iterdir()}
+    floats = next(t for t in said["types"] if t["type"] == "float32")
+    assert floats["bytes"] == sum(t["bytes"] for t in said["tensors"] if t["type"] == "float32") == 4 * floats["values"]
+    text = run("inspect", folder / "model.onnx").stdout
+    assert "past_key_values.N.key (2 times)" in text
+    assert "with chat template" in text
+    (folder / "model.onnx.data").write_bytes(b"")
+    done = run("inspect", folder)
+    assert done.returncode == 2
+    assert "model.onnx.data has 0 bytes" in done.stderr
 
 
 def test_inspect_a_checkpoint(model):
@@ -206,11 +228,11 @@ def test_listings(command):
     assert all(name in text for name in names)
 
 
-def test_doctor_runs_the_runtime():
+def test_doctor_runs_the_runtimes():
     done = run("doctor", "--json")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
-    assert [(r["runtime"], r["runs"]) for r in said["runtimes"]] == [("llama_cpp", True)]
+    assert [(r["runtime"], r["runs"]) for r in said["runtimes"]] == [("llama_cpp", True), ("ort_genai", True)]
     assert all(extra["installed"] for extra in said["extras"])
 
 
