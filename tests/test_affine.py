@@ -60,6 +60,14 @@ def squared_errors(weight: np.ndarray, decoded: np.ndarray, importance: np.ndarr
     return error.reshape(-1, block).sum(axis=1)
 
 
+def weights_of_errors(weight: np.ndarray, importance: np.ndarray | None, block: int) -> np.ndarray:
+    """What the search minimizes: without importance, large weights count more."""
+    if importance is not None:
+        return importance
+    blocks = weight.astype(np.float64).reshape(-1, block)
+    return (np.abs(blocks) + np.sqrt((blocks**2).mean(axis=1, keepdims=True))).reshape(weight.shape)
+
+
 def plain(grid: AffineCodec, weight: np.ndarray) -> np.ndarray:
     """Min/max rounding (by magnitude if signed) with float16 scales, as text books have it; decoded."""
     blocks, top = weight.reshape(-1, grid.BLOCK_SIZE), 2**grid.bits - 1
@@ -176,10 +184,11 @@ def test_no_block_is_worse_than_plain_rounding(grid: AffineCodec, weighted: bool
     importance = importance_of(COLUMNS) if weighted else None
     decoded = grid.dequantize(grid.quantize(weight, importance))
     assert np.isfinite(decoded).all()
-    ours = squared_errors(weight, decoded, importance, grid.BLOCK_SIZE)
-    theirs = squared_errors(weight, plain(grid, weight), importance, grid.BLOCK_SIZE)
-    # Sums in float32, and products that leave its range, tell errors apart to about a millionth of the weights.
-    size = squared_errors(weight, 0 * weight, importance, grid.BLOCK_SIZE)
+    counts = weights_of_errors(weight, importance, grid.BLOCK_SIZE)
+    ours = squared_errors(weight, decoded, counts, grid.BLOCK_SIZE)
+    theirs = squared_errors(weight, plain(grid, weight), counts, grid.BLOCK_SIZE)
+    # Sums are in float32: they tell errors apart to about a millionth.
+    size = squared_errors(weight, 0 * weight, counts, grid.BLOCK_SIZE)
     assert np.all(ours <= theirs * (1 + 1e-5) + 1e-12 * size)
 
 
@@ -216,11 +225,20 @@ def test_weights_on_the_grid_are_kept_whatever_the_zero_point(grid: AffineCodec)
 
 
 @EVERY
+def test_without_importance_large_weights_count_more_than_small_ones(grid: AffineCodec):
+    weight = realistic()
+    alike = np.abs(weight - grid.dequantize(grid.quantize(weight, np.ones(weight.shape[1], np.float32))))
+    error = np.abs(weight - grid.dequantize(grid.quantize(weight)))
+    large = np.abs(weight) > 3 * np.sqrt((weight**2).mean(axis=1, keepdims=True))
+    assert (error[large] ** 2).sum() < (alike[large] ** 2).sum()
+
+
+@EVERY
 def test_importance_moves_error_to_columns_that_matter_less(grid: AffineCodec):
     weight = realistic()
     importance = np.ones(weight.shape[1], np.float32)
     importance[::2] = 100
-    plain_error = weight - grid.dequantize(grid.quantize(weight))
+    plain_error = weight - grid.dequantize(grid.quantize(weight, np.ones_like(importance)))
     error = weight - grid.dequantize(grid.quantize(weight, importance))
     assert (error[:, ::2] ** 2).sum() < (plain_error[:, ::2] ** 2).sum()
     scaled = grid.quantize(weight, importance * np.float32(2.0**-20))

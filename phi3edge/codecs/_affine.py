@@ -84,7 +84,8 @@ class AffineCodec:
 
         Args:
             weight: columns must be a multiple of the block size.
-            importance: float32 (columns,): weighs each column's squared error; None weighs all alike.
+            importance: float32 (columns,): weighs each column's squared error; None: every weight's counts by its
+                size plus the root mean square of its block, which loses less of the model than weighing all alike.
 
         Returns:
             codes uint8 (rows, columns), in [0, 2**bits - 1] whether signed or not; scales float32 (rows, blocks), on

@@ -38,6 +38,20 @@ def _load(source, start, count, x):
 
 
 @jit
+def _weigh(x, w):
+    """Writes w = |x| + root mean square of the lane's x: large weights count more, as in llama.cpp's Q4_K search."""
+    size = np.zeros(x.shape[1], np.float32)
+    for j in range(x.shape[0]):
+        for lane in range(x.shape[1]):
+            size[lane] += x[j, lane] * x[j, lane]
+    for lane in range(x.shape[1]):
+        size[lane] = np.sqrt(size[lane] / np.float32(x.shape[0]))
+    for j in range(x.shape[0]):
+        for lane in range(x.shape[1]):
+            w[j, lane] = abs(x[j, lane]) + size[lane]
+
+
+@jit
 def _range(x, low, high):
     """Each lane's range with 0 in it: x float32 (n, lanes), the others (lanes,), written."""
     low[:] = 0
@@ -125,7 +139,7 @@ def fit(weight, importance, n, top, signed, guesses, scales, zero_points):
 
     Args:
         weight: float32 (rows, columns), C order, finite.
-        importance: float32 (columns,), positive.
+        importance: float32 (columns,), positive, or None: `_weigh` weighs every weight by its size.
         n: weights in a block.
         top: largest code, float32.
         signed: whether every zero point is the middle code, (top + 1) / 2.
@@ -154,7 +168,10 @@ def fit(weight, importance, n, top, signed, guesses, scales, zero_points):
     for start in range(0, flat_scales.size, LANES):
         count = min(LANES, flat_scales.size - start)
         _load(flat, start * n, count, x)
-        _load(importance, start * n, count, w)
+        if importance is None:
+            _weigh(x, w)
+        else:
+            _load(importance, start * n, count, w)
         _range(x, low, high)
         gain[:] = 0
         best_scale[:] = 0
@@ -232,7 +249,7 @@ def quantize(
     Args:
         codec: its name.
         weight: float32 (rows, columns).
-        importance: float32 (columns,) or None.
+        importance: float32 (columns,) or None; see `fit`.
         n: weights in a block.
         bits: of a code.
         signed: the zero point of every block is the middle code, and not stored.
@@ -250,7 +267,8 @@ def quantize(
     codes = np.empty((rows, columns), np.uint8)
     top = np.float32(2**bits - 1)
     starts = np.array(guesses, np.float32)
-    fit(weight, column_weights(importance, columns), n, top, signed, starts, scales, zero_points)
+    importance = None if importance is None else column_weights(importance, columns)
+    fit(weight, importance, n, top, signed, starts, scales, zero_points)
     round_codes(weight, scales, zero_points, n, top, codes)
     return Quantized(codec, codes, scales, zero_points=None if signed else zero_points)
 
