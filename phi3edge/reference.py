@@ -23,9 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from phi3edge import machine
+from phi3edge import machine, prequantized
 from phi3edge.cache import cache_dir
-from phi3edge.errors import CheckpointError, MissingExtraError, OutputError, UsageError
+from phi3edge.checkpoint import open_checkpoint
+from phi3edge.errors import CheckpointError, MissingExtraError, OutputError, Phi3EdgeError, UsageError
+from phi3edge.families import parse_config
 from phi3edge.progress import Stages, silent
 from phi3edge.types import JSON
 from phi3edge.units import size
@@ -143,9 +145,9 @@ def _run(
     _check_memory(checkpoint)
     try:
         with stages("load reference", None):
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                checkpoint, dtype=torch.float32, trust_remote_code=False, local_files_only=True, use_safetensors=True
-            ).eval()
+            model = _load(checkpoint).eval()
+    except Phi3EdgeError:
+        raise
     except Exception as error:  # transformers raises many kinds
         raise CheckpointError(f"transformers cannot load {checkpoint.name}: {_one_line(error)}") from error
 
@@ -173,6 +175,29 @@ def _run(
     np.save(work / "top1.npy", top1)
     software = {"transformers": transformers.__version__, "torch": torch.__version__}
     (work / "notes.json").write_text(json.dumps({"greedy": greedy, "software": software}))
+
+
+def _load(checkpoint: Path) -> Any:
+    """The model in float32; what its checkpoint stores as integers is dequantized first, as transformers needs it."""
+    transformers = _transformers()
+    import torch
+
+    local = {"trust_remote_code": False, "local_files_only": True}
+    if not _is_prequantized(checkpoint):
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        return load(checkpoint, dtype=torch.float32, use_safetensors=True, **local)
+    with open_checkpoint(checkpoint) as stored:
+        spec = parse_config(stored.config, stored.generation_config, stored.name)
+        stored.check(spec)
+        weights = {tensor.name: torch.from_numpy(stored.read(tensor.name)) for tensor in spec.tensors}
+    config = transformers.AutoConfig.from_pretrained(checkpoint, **local)
+    del config.quantization_config
+    model = getattr(transformers, config.architectures[0])
+    return model.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
+
+
+def _is_prequantized(checkpoint: Path) -> bool:
+    return _config(checkpoint, "config.json").get(prequantized.KEY) is not None
 
 
 def _greedy(model: Any, prompt: list[int], max_tokens: int, stop: Iterable[int]) -> list[int]:
@@ -237,6 +262,8 @@ def _check_memory(checkpoint: Path) -> None:
     config = _config(checkpoint, "config.json")
     growth = 1 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 2
     needed = growth * sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))
+    if _is_prequantized(checkpoint):
+        needed = 4 * parse_config(config, None, checkpoint.name).parameters
     if needed > free:
         raise UsageError(
             f"the float32 reference of {checkpoint.name} needs about {size(needed)} of memory, {size(free)} are free",
