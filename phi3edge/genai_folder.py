@@ -107,7 +107,7 @@ def read_folder(path: Path) -> GenAIFolder:
 
     Raises:
         CheckpointError: a file is missing, damaged, too short, or no such file.
-        UnsupportedError: it asks for a native library, or is no decoder of text alone.
+        UnsupportedError: it asks for a native library, or is more than one decoder graph.
         OutputError: phi3edge.json is there and cannot be read, or is from a newer phi3edge.
     """
     folder = path if path.is_dir() else path.parent
@@ -145,9 +145,9 @@ def _check_config(config: JSON, where: Path) -> str:
     ids = model.get("eos_token_id", [])
     if not all(isinstance(i, int) for i in (ids if isinstance(ids, list) else [ids])):
         raise CheckpointError(f"{where}: eos_token_id is {ids!r}, expected one id or several", HINT)
-    for key in ("vision", "speech", "embedding", "encoder"):
-        if key in model:
-            raise UnsupportedError(f"{where} describes a model with {key!r}; only decoders of text alone are supported")
+    for key in ("vision", "speech", "embedding", "encoder", "pipeline"):
+        if key in model or key in decoder:
+            raise UnsupportedError(f"{where} has the part {key!r}; only models of one decoder graph are supported")
     options = _typed({"session_options": {}, **decoder}, "session_options", dict, where)
     providers = _typed({"provider_options": [], **options}, "provider_options", list, where)
     if not all(isinstance(entry, dict) for entry in providers):

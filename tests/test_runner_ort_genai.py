@@ -193,6 +193,19 @@ def test_a_model_that_needs_a_newer_runtime(folder: Path, change, cause: str) ->
     assert "pip install --upgrade" in error.hint
 
 
+def test_an_operator_without_a_kernel_for_the_cpu(folder: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        inputs, sizes = ["hidden", "gain", "gain"], {"groups": 1, "activation": 0, "channels_last": 1}
+        model.graph.node[1].CopyFrom(
+            helper.make_node("GroupNorm", inputs, ["normed"], "", "", "com.microsoft", **sizes)
+        )
+
+    edit_model(folder, change)
+    error = refusal(folder)
+    assert "Could not find an implementation for GroupNorm" in error.message
+    assert "the CPU has no kernel" in error.hint
+
+
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
@@ -221,6 +234,12 @@ def test_a_configuration_that_leaves_its_folder(folder: Path, name: str) -> None
 def test_a_configuration_that_loads_a_library(folder: Path) -> None:
     edit(folder, lambda model: model["decoder"]["session_options"].update(custom_ops_library="evil.so"))
     assert "custom_ops_library" in refusal(folder, UnsupportedError).message
+
+
+@pytest.mark.parametrize("change", [lambda m: m.update(vision={}), lambda m: m["decoder"].update(pipeline=[])])
+def test_a_configuration_of_several_graphs(folder: Path, change) -> None:
+    edit(folder, change)
+    assert "only models of one decoder graph" in refusal(folder, UnsupportedError).message
 
 
 def write_manifest(folder: Path, requires: dict[str, str], schema: int = 1) -> None:

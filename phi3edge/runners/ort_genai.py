@@ -40,8 +40,13 @@ _NOISE = re.compile(  # where in the library's source it failed, and on what con
     r"Load model from .*?\.onnx failed: ?|/\S+\.(?:cc|h):\d+ .*?\) (?:\[with [^\]]*\] )?(?:[^.]* was false\. )?"
 )
 _HINTS = {
-    r"alloc|memory": "is memory short? a smaller context needs less",
-    r"not a registered function|No Op registered|[Oo]pset|IR version|NOT_IMPLEMENTED|attribute": (
+    r"[Bb]ad.alloc|[Cc]ould not allocate|[Ff]ailed to allocate|[Oo]ut of memory": (
+        "is memory short? a smaller context needs less"
+    ),
+    r"Could not find an implementation": (
+        "the CPU has no kernel for it in {installed}: a folder for another provider runs on that provider's devices"
+    ),
+    r"not a registered function|No Op registered|[Oo]pset|IR version|attribute": (
         "it may need a newer runtime than {installed}: pip install --upgrade onnxruntime-genai onnxruntime"
     ),
     r"JSON Error|model_type": (
