@@ -246,6 +246,8 @@ class Checkpoint:
         for name, shape in (expected | parts).items():
             if name not in self._entries:
                 hint = "config.json does not say tie_word_embeddings: true" if name == HEAD else None
+                if self.integers is None and _part(name, "qweight") in self._entries:
+                    hint = f"{_part(name, 'qweight')!r} is there; config.json has no {prequantized.KEY} to read it by"
                 raise CheckpointError(f"tensor {name!r} is missing from {self.path}", hint)
             if self._entries[name].shape != shape:
                 got = self._entries[name].shape

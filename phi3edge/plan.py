@@ -232,10 +232,10 @@ def warnings(plan: QuantPlan, target: Target, format_: Format, context: int) -> 
             "come from the same weights on the CPU."
         )
     if imported := [t for t in plan.tensors if t.method == "imported"]:
-        kinds = ", ".join(sorted({f"{t.tensor.grid} as {t.codec}" for t in imported}))
+        kept = " and ".join(sorted({t.codec for t in imported}))
         notes.append(
-            f"{len(imported)} linears keep the codes, scales and zero points of the checkpoint ({kinds}): nothing is "
-            "rounded again. The recipe decides the rest."
+            f"{len(imported)} linears keep the checkpoint's integers, as {kept}: nothing is rounded again. The recipe "
+            "decides the rest."
         )
     fallbacks = sorted({(t.wanted, t.codec) for t in plan.tensors if t.wanted})
     notes += [f"Rows that are no whole blocks of {wanted} are written as {taken}." for wanted, taken in fallbacks]

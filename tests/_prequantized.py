@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from _models import MHA, Shape, phi3_config, phi3_tensors, write_tokenizer, write_weights
+from _models import Shape, phi3_config, phi3_tensors, write_tokenizer, write_weights
+from safetensors.torch import load_file, save_file
 
 AWQ = {
     "bits": 4,
@@ -46,6 +47,9 @@ GPTQ_V2 = {
     "meta": {"quantizer": ["gptqmodel:2.2.0"], "damp_percent": 0.05, "mse": 0.0},
 }
 """quantization_config as GPTQModel 2 writes it."""
+
+
+HALF = Shape(dtype="float16")
 
 
 def pack_words(codes: np.ndarray, bits: int, order: tuple[int, ...]) -> np.ndarray:
@@ -113,23 +117,33 @@ def dequantized(linear: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def write_prequantized(
-    folder: Path, said: dict[str, Any], shape: Shape | None = None, shards: int = 1, **changes: Any
+    folder: Path, said: dict[str, Any], shape: Shape = HALF, shards: int = 1, modules: tuple[str, ...] = ("_proj",)
 ) -> dict[str, dict[str, np.ndarray]]:
-    """A complete checkpoint in a new folder; returns every linear by its module's name."""
-    shape = shape or Shape(**(vars(MHA) | {"dtype": "float16"}))
+    """A complete checkpoint in a new folder, integers where a module's name ends so; returns those linears by name."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     linears, tensors = {}, {}
     for name, tensor in phi3_tensors(shape).items():
         module = name.removesuffix(".weight")
-        if module.endswith("_proj"):
+        if module.endswith(modules):
             linears[module] = random_linear(said, *tensor.shape, generator)
             tensors |= {f"{module}.{part}": value for part, value in pack(said, linears[module]).items()}
         else:
             tensors[name] = tensor
     write_weights(folder, tensors, shards)
-    config = phi3_config(shape, quantization_config=said, **changes)
+    config = phi3_config(shape, quantization_config=said)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 3]}))
     write_tokenizer(folder, shape.vocab)
     return linears
+
+
+def change_tensors(folder: Path, **changes: Any) -> None:
+    """Replaces tensors of a checkpoint of one file, by functions of the old one (None if there is none) or by None."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name, change in changes.items():
+        changed = change(tensors.pop(name, None))
+        if changed is not None:
+            tensors[name] = changed
+    save_file(tensors, path)

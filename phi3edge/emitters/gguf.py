@@ -100,6 +100,7 @@ class Emitter:
     def emit(self, stream: Stream, folder: Path, on_bytes: Callable[[int], None] | None = None) -> list[WrittenFile]:
         """Write `<name>.gguf` or its parts; see `write`."""
         job = self._job
+        imported = any(t.method == "imported" for t in job.plan.tensors)  # then it is no mix that llama.cpp knows
         return write(
             job.plan,
             job.checkpoint.source,
@@ -107,7 +108,7 @@ class Emitter:
             stream,
             folder,
             job.name,
-            file_type=job.recipe.gguf_file_type,
+            file_type=None if imported else job.recipe.gguf_file_type,
             generation_config=job.checkpoint.generation_config,
             split_max_size=job.split_max_size,
             on_bytes=on_bytes,
