@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from phi3edge.codecs import codec, codec_names, holds, row_bytes
-from phi3edge.codecs._affine import CODECS, AffineCodec
-from phi3edge.codecs._affine_kernels import round_codes
+from phi3edge.codecs._affine import _CLIPS, _TOPS, CODECS, AffineCodec
+from phi3edge.codecs._affine_kernels import fit, round_codes
+from phi3edge.codecs._blocks import column_weights
 from phi3edge.errors import UnsupportedError
 from phi3edge.types import Quantized
 
@@ -271,6 +272,24 @@ def test_rounding_alone_takes_the_nearest_code_of_given_scales(grid: AffineCodec
     distances = np.abs(other.reshape(*q.scales.shape, -1, 1) - values[:, :, None, :])
     taken = np.take_along_axis(distances, codes.reshape(*q.scales.shape, -1, 1).astype(int), axis=-1)[..., 0]
     assert np.all(taken <= distances.min(axis=-1) + 1e-6 * np.abs(q.scales)[..., None])
+
+
+@EVERY
+def test_blocks_can_be_fitted_and_columns_rounded_one_by_one(grid: AffineCodec):
+    n, top = grid.BLOCK_SIZE, np.float32(2**grid.bits - 1)
+    weight, importance = realistic(8, 3 * grid.BLOCK_SIZE), importance_of(3 * grid.BLOCK_SIZE)
+    q = grid.quantize(weight, importance)
+    part = np.ascontiguousarray(weight[:, n : 2 * n])
+    scales, zeros = np.empty((8, 1), np.float32), np.empty((8, 1), np.uint8)
+    weights = column_weights(importance, 3 * n)
+    guesses = np.array(_TOPS[grid.bits] if grid.signed else _CLIPS[grid.bits], np.float32)
+    fit(part, weights[n : 2 * n], n, top, grid.signed, guesses, scales, zeros)
+    assert q.scales is not None
+    np.testing.assert_array_equal(scales, q.scales[:, 1:2])
+    for column in range(n):
+        codes = np.empty((8, 1), np.uint8)
+        round_codes(np.ascontiguousarray(part[:, column : column + 1]), scales, zeros, 1, top, codes)
+        np.testing.assert_array_equal(codes[:, 0], q.codes[:, n + column])
 
 
 @EVERY
