@@ -213,18 +213,17 @@ class Checkpoint:
         Raises:
             CheckpointError, UnsupportedError: see `check`.
         """
-        assert self.integers is not None
         rows, columns = self._sides(name)
         if not 0 <= start <= stop <= rows:
             raise ValueError(f"rows {start} to {stop} of tensor {name!r}, which has {rows}")
-        words = self.integers.words(start, stop)
-        first = words.start * self.integers.per_word
-        qweight = self._columns(_part(name, "qweight"), self.integers.columns(words))
+        words = self._layout.words(start, stop)
+        first = words.start * self._layout.per_word
+        qweight = self._columns(_part(name, "qweight"), self._layout.columns(words))
         scales, zero_points = self._blocks(name, words)
         kept = slice(start - first, stop - first)
         self._ranges.setdefault(name, []).append((start, stop))
-        grid = f"uint{self.integers.bits}_b{columns // scales.shape[1]}"
-        return Quantized(grid, self.integers.codes(qweight)[kept], scales[kept], zero_points=zero_points[kept])
+        grid = f"uint{self._layout.bits}_b{columns // scales.shape[1]}"
+        return Quantized(grid, self._layout.codes(qweight)[kept], scales[kept], zero_points=zero_points[kept])
 
     def check(self, spec: ModelSpec) -> None:
         """Every tensor of the model is there with its shape and dtype, and nothing else is.
@@ -242,7 +241,7 @@ class Checkpoint:
         """
         integers = [tensor for tensor in spec.tensors if tensor.grid is not None]
         expected = {tensor.name: tensor.shape for tensor in spec.tensors if tensor.grid is None}
-        parts = {_part(t.name, part): shape for t in integers for part, shape in self._parts(t).items()}
+        parts = {_part(t.name, part): shape for t in integers for part, shape in self._layout.parts(t).items()}
         for name, shape in (expected | parts).items():
             if name not in self._entries:
                 hint = "config.json does not say tie_word_embeddings: true" if name == HEAD else None
@@ -337,20 +336,20 @@ class Checkpoint:
                     "save the model again in one dtype, or correct torch_dtype in config.json",
                 )
 
-    def _parts(self, tensor: TensorSpec) -> dict[str, tuple[int, ...]]:
-        """Suffix and shape of the tensors that a linear on a grid is stored as."""
+    @property
+    def _layout(self) -> prequantized.Prequantized:
+        """How linears are stored, where some are stored as integers."""
         assert self.integers is not None
-        return self.integers.parts(tensor)
+        return self.integers
 
     def _check_integers(self, tensor: TensorSpec) -> None:
         """A linear's scales, zero points and groups are what the grid of its spec holds."""
-        assert self.integers is not None
-        for part in self._parts(tensor):
+        for part in self._layout.parts(tensor):
             name = _part(tensor.name, part)
             dtype, known = self._entries[name].dtype, tuple(FLOATS) if part == "scales" else ("I32",)
             if dtype not in known:
                 raise CheckpointError(f"tensor {name!r} has dtype {dtype}; expected {' or '.join(known)}")
-        self._blocks(tensor.name, self.integers.words(0, tensor.shape[0]))
+        self._blocks(tensor.name, self._layout.words(0, tensor.shape[0]))
 
     def _check_no_bias(self, name: str) -> None:
         if self.read(name).any():
@@ -375,14 +374,12 @@ class Checkpoint:
 
     def _sides(self, name: str) -> tuple[int, int]:
         """Rows and columns (outputs and inputs) of a linear that is stored as integers."""
-        assert self.integers is not None
-        return self.integers.sides(self._entry(_part(name, "qweight")).shape)
+        return self._layout.sides(self._entry(_part(name, "qweight")).shape)
 
     def _blocks(self, name: str, words: range) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """Scales and zero points of the outputs in some words of a linear, (outputs, blocks); see `check`."""
-        assert self.integers is not None
         scales, groups = _part(name, "scales"), _part(name, "g_idx")
-        bits = self._columns(scales, self.integers.outputs(words))
+        bits = self._columns(scales, self._layout.outputs(words))
         kind = self._float_format(scales)
         _check_finite(scales, bits.reshape(-1), kind, 0, bits.shape[1])
         values = bits.view(np.float32) if kind.config_name == "float32" else np.empty(bits.shape, np.float32)
@@ -392,7 +389,7 @@ class Checkpoint:
         if groups in self._entries:
             g_idx = np.empty(self._entries[groups].shape, np.int32)
             self._read_at(groups, self._entries[groups].offset, g_idx)
-        return self.integers.blocks(name.removesuffix(".weight"), self._sides(name)[1], values, qzeros, g_idx)
+        return self._layout.blocks(name.removesuffix(".weight"), self._sides(name)[1], values, qzeros, g_idx)
 
     def _columns(self, name: str, columns: range) -> NDArray[Any]:
         """Some columns of a matrix as they are stored, as unsigned integers: (rows, len(columns))."""
