@@ -118,9 +118,9 @@ def read_nodes(model: Any) -> list[Node]:
         Node(
             name=node.name or "",
             op_type=node.op_type,
-            version=own_version(node.op_type, node.domain),
-            inputs=tuple("" if value is None else str(value.dtype.numpy()) for value in node.inputs),
-            domain=node.domain,
+            version=own_version(node.op_type, node.domain or ""),
+            inputs=tuple(str(value.dtype.numpy()) if value is not None and value.name else "" for value in node.inputs),
+            domain=node.domain or "",
             attributes={a.name: a.value for a in node.attributes.values() if isinstance(a.value, int | float | str)},
         )
         for node in model.graph

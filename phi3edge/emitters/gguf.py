@@ -14,23 +14,18 @@ checkpoint may list more ids (Phi-3: <|endoftext|>, <|assistant|>, <|end|>) than
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import io
-import os
 import re
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from phi3edge.codecs import codec, is_float
 from phi3edge.emitters import Job, Stream, WrittenFile
-from phi3edge.errors import CheckpointError, OutputError, UnsupportedError, UsageError
-from phi3edge.files import sync_folder
+from phi3edge.emitters._partial_file import PartialFile, next_tensor
+from phi3edge.errors import CheckpointError, UnsupportedError, UsageError
 from phi3edge.gguf_file import DEFAULT_ALIGNMENT, ValueType, write_header
 from phi3edge.tokenizer import AddedToken, Vocabulary, load_tokenizer
 from phi3edge.types import JSON, ModelSpec, QuantPlan, Source, TensorPlan, TensorSpec
@@ -171,7 +166,7 @@ def write(
     with ExitStack() as stack:
         files = []
         for number, (shard, file_name) in enumerate(zip(shards, names, strict=True)):
-            file = stack.enter_context(_PartialFile(folder / file_name))
+            file = stack.enter_context(PartialFile(folder / file_name))
             header = io.BytesIO()
             pairs = (shared if number == 0 else {}) | _split_keys(number, len(shards), len(plan.tensors))
             write_header(header, pairs, [_record(t) for t in shard])
@@ -442,74 +437,12 @@ def _padded(size: int) -> int:
     return -(-size // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
 
 
-class _PartialFile:
-    """A file under a temporary name beside its own, hashed while it is written; removed unless it is published."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.partial = path, path.with_name(f".{path.name}.partial")
-        self.bytes, self.sha256 = 0, ""
-
-    def __enter__(self) -> _PartialFile:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.partial.open("wb")
-        except OSError as error:
-            raise _cannot_write(self.path, error) from error
-        self._hash = hashlib.sha256()
-        self._hasher = ThreadPoolExecutor(1)
-        self._hashed: Future[None] | None = None
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._hasher.shutdown()
-        try:
-            self._file.close()
-        finally:
-            self.partial.unlink(missing_ok=True)
-
-    def write(self, data: Any) -> int:
-        """Write a buffer and return its size. Hashing it overlaps with the next one's quantization and writing."""
-        view = memoryview(data).cast("B")
-        if self._hashed is not None:
-            self._hashed.result()
-        self._hashed = self._hasher.submit(self._hash.update, view)
-        try:
-            self._file.write(view)
-        except OSError as error:
-            raise _cannot_write(self.path, error) from error
-        self.bytes += len(view)
-        return len(view)
-
-    def close(self) -> None:
-        """Bring the content to the disk."""
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise _cannot_write(self.path, error) from error
-        self._file.close()
-        self._hasher.shutdown()
-        self.sha256 = self._hash.hexdigest()
-
-    def publish(self) -> None:
-        """Give the file its name."""
-        try:
-            self.partial.replace(self.path)
-            sync_folder(self.path.parent)
-        except OSError as error:
-            raise _cannot_write(self.path, error) from error
-
-
 def _write_tensor(
-    file: _PartialFile, expected: TensorPlan, tensors: Any, on_bytes: Callable[[int], None] | None
+    file: PartialFile, expected: TensorPlan, tensors: Any, on_bytes: Callable[[int], None] | None
 ) -> None:
     """Write the next tensor of the stream, which must be the expected one, and pad it."""
-    tensor, chunks = next(tensors, (None, ()))
-    if tensor != expected:
-        got = "the end" if tensor is None else repr(tensor.tensor.name)
-        raise RuntimeError(f"expected tensor {expected.tensor.name!r} next, got {got}")
     size = 0
-    for chunk in chunks:
+    for chunk in next_tensor(tensors, expected):
         written = file.write(chunk)
         size += written
         if on_bytes is not None:
@@ -517,8 +450,3 @@ def _write_tensor(
     if size != expected.bytes:
         raise RuntimeError(f"tensor {expected.tensor.name!r}: expected {expected.bytes} bytes, got {size}")
     file.write(bytes(_padded(size) - size))
-
-
-def _cannot_write(path: Path, error: OSError) -> OutputError:
-    hint = "free some space or choose another folder" if error.errno == errno.ENOSPC else None
-    return OutputError(f"{path}: cannot be written: {error.strerror}", hint)

@@ -1,0 +1,168 @@
+"""The decoder's ONNX graph, as onnxruntime-genai's own model builder makes it: it knows each provider's quirks.
+
+The builder runs on a model of transformers on torch's meta device: no weight exists, and every weight of the graph is a
+name, a shape and a promise. All that touches the builder's internals is in this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from phi3edge.errors import MissingExtraError, UnsupportedError
+from phi3edge.types import ModelSpec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+SUPPORTED = (0, 18)
+"""Version of onnxruntime-genai whose builder this file drives."""
+
+WEIGHTS = {
+    "embedding": r"model\.embed_tokens\.weight",
+    "attn_norm": r"model\.layers\.(?P<layer>\d+)\.input_layernorm\.weight",
+    "attn_qkv": r"model\.layers\.(?P<layer>\d+)\.attn\.(?P<part>qkv|q|k|v)_proj\.MatMul\.weight",
+    "attn_output": r"model\.layers\.(?P<layer>\d+)\.attn\.o_proj\.MatMul\.weight",
+    "ffn_norm": r"model\.layers\.(?P<layer>\d+)\.post_attention_layernorm\.weight",
+    "ffn_gate_up": r"model\.layers\.(?P<layer>\d+)\.mlp\.(?P<part>gate_up|gate|up)_proj\.MatMul\.weight",
+    "ffn_down": r"model\.layers\.(?P<layer>\d+)\.mlp\.down_proj\.MatMul\.weight",
+    "output_norm": r"model\.layers\.\d+\.final_norm_layernorm\.weight",
+    "head": r"lm_head\.MatMul\.weight",
+}
+"""The builder's names of the weights of each role."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A weight that the graph asks for.
+
+    Attributes:
+        value: the graph's value; nothing stands behind it yet.
+        part: name of the part of a fused tensor that it is, or "" for the whole tensor.
+    """
+
+    value: ir.Value
+    role: str
+    layer: int | None
+    part: str
+
+
+def build_graph(spec: ModelSpec, provider: str, io_dtype: str) -> tuple[ir.Model, list[Weight]]:
+    """The graph of a model for one execution provider, in full precision, and the weights that it lacks.
+
+    Args:
+        spec: the model.
+        provider: "cpu", "dml" or "webgpu".
+        io_dtype: "float32" or "float16": of activations, logits and KV cache.
+
+    Raises:
+        MissingExtraError: a package is not installed.
+        UnsupportedError: another version of onnxruntime-genai, or one whose builder does not make what it should.
+    """
+    require_builder()
+    try:
+        import onnx_ir as ir
+        import torch
+        import transformers
+        from onnxruntime_genai.models.builders.phi import Phi3MiniModel
+    except ImportError:
+        raise MissingExtraError("writing ONNX Runtime GenAI folders", "onnx") from None
+    config = _config(spec, transformers)
+
+    class Builder(Phi3MiniModel):
+        """The builder on a model without weights."""
+
+        def load_weights(self, input_path: str) -> Any:
+            with torch.device("meta"):
+                return transformers.AutoModelForCausalLM.from_config(config)
+
+    dtype = ir.DataType.FLOAT if io_dtype == "float32" else ir.DataType.FLOAT16
+    options = {"windowed_kv_cache": False, "fuse_mlp_gate_up": True}
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder = Builder(config, dtype, dtype, provider, "", options)
+        builder.make_model("")
+    model = builder.model
+    model.graph.sort()
+    weights = [_weight(value) for value in model.graph.initializers.values() if _is_promise(value)]
+    _set_window(model, spec)
+    return model, [weight for weight in weights if weight is not None]
+
+
+def require_builder() -> None:
+    """Raise unless the builder is installed, in a version that this file drives.
+
+    Raises:
+        MissingExtraError: onnxruntime-genai is not installed.
+        UnsupportedError: another version.
+    """
+    try:
+        found = version("onnxruntime-genai")
+    except PackageNotFoundError:
+        raise MissingExtraError("writing ONNX Runtime GenAI folders", "onnx") from None
+    if tuple(int(n) for n in found.split(".")[:2]) != SUPPORTED:
+        wanted = ".".join(map(str, SUPPORTED))
+        raise UnsupportedError(
+            f"the graph is made by onnxruntime-genai {wanted}'s builder; {found} is installed",
+            f"pip install 'onnxruntime-genai=={wanted}.*'",
+        )
+
+
+def _config(spec: ModelSpec, transformers: Any) -> Any:
+    """What transformers configures the model with, from our strict reading of it."""
+    config = transformers.Phi3Config(
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.kv_heads,
+        max_position_embeddings=spec.context_length,
+        original_max_position_embeddings=spec.original_context_length,
+        rms_norm_eps=spec.norm_eps,
+        hidden_act=spec.activation,
+        tie_word_embeddings=spec.tied,
+        sliding_window=spec.sliding_window,
+        bos_token_id=spec.bos_token_id,
+        eos_token_id=list(spec.eos_token_ids) or None,
+        pad_token_id=spec.pad_token_id,
+    )
+    config.rope_theta = spec.rope.theta  # transformers 4; 5 keeps it in rope_parameters
+    config.rope_parameters = {"rope_type": "default", "rope_theta": spec.rope.theta}
+    config.architectures = ["Phi3ForCausalLM"]
+    config._name_or_path = ""
+    return config
+
+
+def _is_promise(value: ir.Value) -> bool:
+    """Whether a weight has no data: the builder's lazy tensors; its tables of rotary angles are real."""
+    import onnx_ir as ir
+
+    return isinstance(value.const_value, ir.LazyTensor)
+
+
+def _weight(value: ir.Value) -> Weight:
+    for role, pattern in WEIGHTS.items():
+        match = re.fullmatch(pattern, value.name or "")
+        if match:
+            found = match.groupdict()
+            part = found.get("part") or ""
+            layer = found.get("layer")
+            return Weight(value, role, int(layer) if layer else None, "" if part in ("qkv", "gate_up") else part)
+    raise UnsupportedError(f"the builder of onnxruntime-genai made a weight that is not known: {value.name}")
+
+
+def _set_window(model: ir.Model, spec: ModelSpec) -> None:
+    """Attention looks back as far as the checkpoint's; the builder leaves Phi-3's window out (-1: no window)."""
+    import onnx_ir as ir
+
+    attentions = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+    if len(attentions) != spec.layers or any("local_window_size" not in node.attributes for node in attentions):
+        raise UnsupportedError(
+            f"onnxruntime-genai's builder made {len(attentions)} GroupQueryAttention nodes for {spec.layers} layers"
+        )
+    for node in attentions:
+        node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", spec.sliding_window or -1)
