@@ -5,10 +5,12 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from _models import write_weights
-from _prequantized import AWQ, GPTQ, GPTQ_V2, change_tensors, dequantized, write_prequantized
+from _prequantized import AWQ, GPTQ, GPTQ_V2, HALF, change_tensors, dequantized, write_prequantized
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -113,6 +115,82 @@ def test_gguf_holds_the_same_weights_or_is_refused(models, tmp_path, case):
     assert sum(r["tensors"] for r in roles if r["method"] == "imported") == len(linears)
 
 
+@pytest.fixture
+def exact(tmp_path):
+    """A recipe that rounds nothing of a checkpoint whose linears are integers."""
+    path = tmp_path / "exact.toml"
+    codecs = {"linear": "int4_b32", "embedding": "f32", "head": "f32", "norm": "f32"}
+    lines = ['summary = "exact"', 'formats = ["onnx"]', "[codecs]", *(f'{role} = "{c}"' for role, c in codecs.items())]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def matmuls(model: onnx.ModelProto):
+    """Attributes, packed codes, scales and zero points (or None) of every MatMulNBits."""
+    held = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    held |= {n.output[0]: held[n.input[0]] for n in model.graph.node if n.op_type == "Cast" and n.input[0] in held}
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            inputs = [held[name] if name else None for name in node.input[1:4]]
+            yield attributes, *inputs, *[None] * (3 - len(inputs))
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if CASES[name][1].endswith(("b64", "b128"))])
+def test_an_onnx_folder_holds_the_checkpoints_own_numbers(models, tmp_path, exact, case):
+    pytest.importorskip("onnxruntime_genai")
+    folder, linears = models[case]
+    made = export(str(folder), "cpu", format_="onnx", recipe=str(exact), out=tmp_path / "out")
+    bits = CASES[case][0]["bits"]
+    middle = np.uint8(2 ** (bits - 1))
+    block = codec(CASES[case][1]).BLOCK_SIZE
+    rows = {}
+    for linear in linears.values():
+        groups = linear["g_idx"][::block]
+        numbers = linear["codes"], linear["scales"][:, groups], linear["zero_points"][:, groups]
+        rows |= {codes.tobytes(): (scales, zeros) for codes, scales, zeros in zip(*numbers, strict=True)}
+    seen = 0
+    for attributes, codes, scales, zeros in matmuls(onnx.load(made.artifact)):
+        outputs = attributes["N"]
+        assert (attributes["bits"], attributes["block_size"]) == (bits, block)
+        codes = unpacked(codes.reshape(outputs, -1), bits)
+        scales = scales.reshape(outputs, -1)
+        if zeros is not None:
+            zeros = unpacked(zeros.reshape(outputs, -1), bits)[:, : scales.shape[1]]
+        for n in range(outputs):
+            expected_scales, expected_zeros = rows[codes[n].tobytes()]
+            assert np.array_equal(scales[n], expected_scales)
+            assert ((middle if zeros is None else zeros[n]) == expected_zeros).all()
+        seen += outputs
+    assert seen == sum(len(linear["codes"]) for linear in linears.values())
+
+
+def unpacked(data, bits):
+    """uint8 (rows, bytes) as codes, the first of two in the low half."""
+    return data if bits == 8 else np.stack([data & 15, data >> 4], -1).reshape(len(data), -1)
+
+
+@pytest.mark.parametrize("case", ["awq", "gptq"])
+def test_an_onnx_folder_computes_the_dequantized_model(models, tmp_path, exact, case):
+    pytest.importorskip("onnxruntime_genai")
+    folder, _ = models[case]
+    made = export(str(folder), "cpu", format_="onnx", recipe=str(exact), out=tmp_path / "out")
+    model = onnx.load(made.artifact)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 1  # activations in float32: what is left is the order of sums
+    ids = np.arange(300)[None]
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    nothing = np.zeros((1, HALF.kv_heads, 0, HALF.hidden // HALF.heads), np.float32)
+    known = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": ids}
+    feed = {value.name: known.get(value.name, nothing) for value in session.get_inputs()}
+    got = session.run(["logits"], feed)[0]
+    with torch.inference_mode():
+        expected = reference._load(folder)(torch.from_numpy(ids)).logits.numpy()
+    assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
+
+
 def test_a_float_recipe_writes_the_same_model(models, tmp_path):
     folder, _ = models["awq"]
     made = export(str(folder), "cpu", format_="gguf", recipe="f32", out=tmp_path / "out")
@@ -139,9 +217,11 @@ def test_the_reference_is_the_dequantized_model(models, tmp_path, case):
         assert torch.equal(got(ids).logits, expected(ids).logits)
 
 
-def test_the_command_line_exports_one(models, tmp_path):
+@pytest.mark.parametrize("format_", ["gguf", "onnx"])
+def test_the_command_line_exports_one(models, tmp_path, format_):
+    pytest.importorskip("onnxruntime_genai")
     folder, _ = models["awq"]
-    arguments = ["export", str(folder), "--target", "cpu", "--format", "gguf", "--no-validate", "--json"]
+    arguments = ["export", str(folder), "--target", "cpu", "--format", format_, "--no-validate", "--json"]
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert "nothing is rounded again" in result.stdout
