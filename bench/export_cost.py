@@ -46,7 +46,8 @@ def step(name: str, command: list[str | Path], wrote: Path) -> dict[str, float]:
     seconds = time.perf_counter() - start
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
-    files = [wrote] if wrote.is_file() else list(wrote.glob("*.gguf"))
+    held = (".gguf", ".onnx", ".data")
+    files = [wrote] if wrote.is_file() else [f for f in wrote.iterdir() if f.suffix in held or ".onnx.data" in f.name]
     row = {
         "step": name,
         "seconds": round(seconds, 2),
@@ -55,6 +56,17 @@ def step(name: str, command: list[str | Path], wrote: Path) -> dict[str, float]:
     }
     print(json.dumps(row), flush=True)
     return row
+
+
+def random_checkpoint(work: Path, layers: int) -> Path:
+    """A random checkpoint in Phi-3-mini-4k's shapes, made unless an earlier run did."""
+    checkpoint = work / f"phi-3-mini-shapes-{layers}"
+    if not checkpoint.exists():
+        partial = work / "partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        write_checkpoint(partial, layers)
+        partial.rename(checkpoint)
+    return checkpoint
 
 
 def main() -> None:
@@ -66,12 +78,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
-    checkpoint = args.work / f"phi-3-mini-shapes-{args.layers}"
-    if not checkpoint.exists():
-        partial = args.work / "partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        write_checkpoint(partial, args.layers)
-        partial.rename(checkpoint)
+    checkpoint = random_checkpoint(args.work, args.layers)
     print(json.dumps({"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}), flush=True)
     for _ in range(args.rounds):
         rows = {}
