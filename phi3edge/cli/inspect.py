@@ -11,6 +11,7 @@ import typer
 from rich.text import Text
 
 from phi3edge import manifest
+from phi3edge.build import artifacts_in
 from phi3edge.cli import _inspect_onnx
 from phi3edge.cli._options import JsonOption
 from phi3edge.cli._output import print_json, stdout, table
@@ -35,6 +36,8 @@ def inspect(
 
     Examples: `phi3edge inspect dist/demo-iphone`, `phi3edge inspect model.gguf --tensors --json`
     """
+    if parts := artifacts_in(path):
+        raise UsageError(f"{path} holds {len(parts)} artifacts", f"name one of them: phi3edge inspect {parts[0]}")
     if path.is_dir() and (path / manifest.NAME).is_file():
         described = manifest.read_manifest(path)
         if described.get("format") == "onnx":

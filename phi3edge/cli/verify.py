@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from phi3edge import manifest
+from phi3edge.build import artifacts_in
 from phi3edge.cli._options import JsonOption
 from phi3edge.cli._output import print_json, progress, stdout
 from phi3edge.errors import OutputError
@@ -20,15 +21,22 @@ def verify(
 ) -> None:
     """Check the size and SHA-256 of every file of an artifact against its manifest. Exit code 2 if one differs.
 
+    A folder with several artifacts, which `--format both` wrote, is checked as a whole.
+
     Example: `phi3edge verify dist/demo-iphone`
     """
-    files = manifest.read_manifest(folder)["files"]
-    with progress(quiet=as_json) as stages, stages("verify", sum(f["bytes"] for f in files)) as advance:
-        problems = manifest.verify(folder, advance)
-    if problems:
-        raise OutputError(f"{folder}: {'; '.join(problems)}", "export again, or copy the folder again")
+    folders = artifacts_in(folder) or [folder]
+    files = {one: manifest.read_manifest(one)["files"] for one in folders}
+    with progress(quiet=as_json) as stages:
+        for one in folders:
+            with stages("verify", sum(f["bytes"] for f in files[one])) as advance:
+                problems = manifest.verify(one, advance)
+            if problems:
+                raise OutputError(f"{one}: {'; '.join(problems)}", "export again, or copy the folder again")
     if as_json:
-        return print_json({"folder": str(folder), "files": files, "passed": True})
-    for f in files:
-        stdout.print(f"{f['name']}: {size(f['bytes'])}, as written")
+        described = [{"folder": str(one), "files": files[one], "passed": True} for one in folders]
+        return print_json(described[0] if folders == [folder] else {"folder": str(folder), "artifacts": described})
+    for one in folders:
+        for f in files[one]:
+            stdout.print(f"{(one / f['name']).relative_to(folder)}: {size(f['bytes'])}, as written")
     return None
