@@ -171,7 +171,8 @@ def export(
         source.check(spec)
         ready = prepare_spec(spec, target, recipe, context, format_)
         limit = split_max_size or (ready.target.files.max_bytes if ready.target.files else None)
-        name_ = f"{source.name}-{ready.plan.recipe}"
+        imported = any(t.method == "imported" for t in ready.plan.tensors)  # then the recipe says little
+        name_ = source.name if imported else f"{source.name}-{ready.plan.recipe}"
         job = Job(ready.plan, ready.recipe, source, ready.runtime, ready.fit.context, name_, limit)
         emitter = open_emitter(ready.format, job)
         with new_folder(folder, lambda: require_free(folder, force)) as partial:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from phi3edge.codecs import codec, codec_names, is_float, row_bytes
-from phi3edge.errors import DoesNotFitError, UnsupportedError
+from phi3edge.errors import ConfigError, DoesNotFitError, UnsupportedError
 from phi3edge.prequantized import exact_codec
 from phi3edge.providers import codecs_for, load_provider
 from phi3edge.recipes import Recipe, shipped_recipes
@@ -255,7 +255,10 @@ def require_fit(plan: QuantPlan, fit: Fit, target_name: str, target: Target, for
         options.append(f"--context {fit.largest_context // 256 * 256}")
     for name, recipe in shipped_recipes().items():
         if name != plan.recipe and format_ in recipe.formats:
-            other = make_plan(plan.model, name, recipe)
+            try:
+                other = make_plan(plan.model, name, recipe)
+            except (ConfigError, UnsupportedError):  # it cannot hold this checkpoint: no option
+                continue
             if other.weight_bytes < plan.weight_bytes and estimate_fit(other, target, format_, fit.context).fits:
                 options.append(f"--recipe {name}")
     raise DoesNotFitError(
