@@ -142,15 +142,8 @@ def _run(
     transformers = _transformers()
     import torch
 
-    _check_memory(checkpoint)
-    try:
-        with stages("load reference", None):
-            model = _load(checkpoint).eval()
-    except Phi3EdgeError:
-        raise
-    except Exception as error:  # transformers raises many kinds
-        raise CheckpointError(f"transformers cannot load {checkpoint.name}: {_one_line(error)}") from error
-
+    with stages("load reference", None):
+        model = load_model(checkpoint)
     chunks, tokens = ids.shape
     half = tokens // 2
     rows = tokens - half - 1
@@ -175,6 +168,24 @@ def _run(
     np.save(work / "top1.npy", top1)
     software = {"transformers": transformers.__version__, "torch": torch.__version__}
     (work / "notes.json").write_text(json.dumps({"greedy": greedy, "software": software}))
+
+
+def load_model(checkpoint: Path) -> Any:
+    """The checkpoint in float32, as a model of transformers.
+
+    Raises:
+        MissingExtraError: torch or transformers is not installed.
+        CheckpointError: transformers cannot load the checkpoint.
+        UsageError: the weights in float32 do not fit into this machine's free memory.
+    """
+    _transformers()
+    _check_memory(checkpoint)
+    try:
+        return _load(checkpoint).eval()
+    except Phi3EdgeError:
+        raise
+    except Exception as error:  # transformers raises many kinds
+        raise CheckpointError(f"transformers cannot load {checkpoint.name}: {_one_line(error)}") from error
 
 
 def _load(checkpoint: Path) -> Any:

@@ -175,6 +175,19 @@ class Quantized:
 
 
 @dataclass(frozen=True, slots=True)
+class KVScales:
+    """Steps of an 8-bit KV cache: a key or value is code * scale, codes in [-128, 127].
+
+    Attributes:
+        keys: float32, shape (layers, KV heads, head size): of the keys after their rotary embedding.
+        values: the same for the values.
+    """
+
+    keys: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
     """Where a checkpoint came from: a hub repository and commit, "demo", or a folder (then repository is None)."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from phi3edge.recipes import Recipe
 from phi3edge.registry import load
 from phi3edge.targets import Format, Runtime
-from phi3edge.types import QuantPlan, TensorPlan
+from phi3edge.types import KVScales, QuantPlan, TensorPlan
 
 if TYPE_CHECKING:
     from phi3edge.checkpoint import Checkpoint
@@ -36,6 +36,7 @@ class Job:
         context: tokens that the KV cache must hold on the target.
         name: of the artifact's main file, without suffix, where the format leaves that open.
         split_max_size: largest file in bytes, or None.
+        kv_scales: calibrated scales of the KV cache, where its type is int8.
     """
 
     plan: QuantPlan
@@ -45,6 +46,7 @@ class Job:
     context: int
     name: str
     split_max_size: int | None = None
+    kv_scales: KVScales | None = None
 
 
 @dataclass(frozen=True, slots=True)

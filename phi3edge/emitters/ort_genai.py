@@ -24,6 +24,7 @@ from phi3edge.codecs import codec, is_float
 from phi3edge.emitters import Job, Stream, WrittenFile
 from phi3edge.emitters._genai_config import genai_config
 from phi3edge.emitters._genai_graph import Weight, build_graph
+from phi3edge.emitters._genai_kv import quantize_kv_cache
 from phi3edge.emitters._genai_tokenizer import tokenizer_files
 from phi3edge.emitters._partial_file import PartialFile, next_tensor
 from phi3edge.errors import UnsupportedError, UsageError
@@ -87,14 +88,18 @@ class Emitter:
         self._job, self._provider = job, job.runtime.provider
         spec = job.plan.model
         self._io = load_provider(self._provider).io
-        if job.runtime.kv_cache != KV_TYPES[self._io]:
+        if job.runtime.kv_cache not in (KV_TYPES[self._io], "int8"):
             raise UnsupportedError(
                 f"the KV cache of provider {self._provider} is {KV_TYPES[self._io]}, not {job.runtime.kv_cache}",
                 "change kv_cache in the target",
             )
+        if job.runtime.kv_cache == "int8" and job.kv_scales is None:
+            raise UnsupportedError("an int8 KV cache needs calibrated scales, and the job has none")
         self._tokenizer, self.notes = tokenizer_files(job.checkpoint.path, spec)
         self._model, weights = build_graph(spec, self._provider, self._io)
         self._pieces = self._connect(weights)
+        if job.runtime.kv_cache == "int8" and job.kv_scales is not None:
+            quantize_kv_cache(self._model, job.kv_scales)
         self._files = self._place(job.split_max_size)
         if problems := check_graph(read_nodes(self._model), self._provider):
             raise UnsupportedError(f"provider {self._provider} cannot run this graph: {problems[0]}")
