@@ -128,7 +128,7 @@ class Checkpoint:
         refuse_foreign_code(self.config)
         self.integers = prequantized.parse(self.config)
         for name in SMALL_FILES:
-            _inside(path, name)
+            inside(path, name)
         self.source = replace(source, licence=source.licence or _licence(path))
         self.shards, indexed = _shards(path)
         self._entries: dict[str, TensorEntry] = {}
@@ -506,19 +506,19 @@ def _shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
             if weight_map is None:
                 raise CheckpointError(f"{folder / name} is not a file")
             raise CheckpointError(f"{INDEX} names {name}, which is not in {folder}", "the download is incomplete")
-    return tuple(_inside(folder, name) for name in names), weight_map
+    return tuple(inside(folder, name) for name in names), weight_map
 
 
 def read_json(folder: Path, name: str) -> JSON:
     """A JSON object of a checkpoint's folder; CheckpointError if there is none or it is not one."""
-    path = _inside(folder, name)
+    path = inside(folder, name)
     try:
         return parse_object(path.read_bytes(), name)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {name}", "a checkpoint is a folder in Hugging Face layout") from None
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """The file, if its real place is in the folder, or in the blobs of the hub cache that the folder is part of."""
     real, home = (folder / name).resolve(), folder.resolve()
     allowed = [home]
