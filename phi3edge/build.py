@@ -35,8 +35,8 @@ from phi3edge.quantize import quantize
 from phi3edge.recipes import Recipe, load_recipe
 from phi3edge.registry import load
 from phi3edge.sources import resolve, resolve_spec
-from phi3edge.targets import Format, Runtime, Target, load_target
-from phi3edge.types import JSON, ModelSpec, QuantPlan, Source
+from phi3edge.targets import KV_TYPES, Format, Runtime, Target, load_target
+from phi3edge.types import JSON, KVScales, ModelSpec, QuantPlan, Source
 
 if TYPE_CHECKING:
     from phi3edge.checkpoint import Checkpoint
@@ -95,6 +95,7 @@ def prepare(
     recipe: str | None = None,
     context: int | None = None,
     format_: Format | None = None,
+    kv_cache: str | None = None,
     stages: Stages = silent,
 ) -> Prepared:
     """Plan an export from the config alone: no weights are read.
@@ -104,15 +105,22 @@ def prepare(
     """
     with reporting(stages) as report:
         spec = resolve_spec(name, report)
-    return prepare_spec(spec, target, recipe, context, format_)
+    return prepare_spec(spec, target, recipe, context, format_, kv_cache)
 
 
 def prepare_spec(
-    spec: ModelSpec, target: str, recipe: str | None = None, context: int | None = None, format_: Format | None = None
+    spec: ModelSpec,
+    target: str,
+    recipe: str | None = None,
+    context: int | None = None,
+    format_: Format | None = None,
+    kv_cache: str | None = None,
 ) -> Prepared:
     """Plan an export of a model that is already read; see `prepare`."""
     target_name, device = load_target(target)
     [chosen] = formats_of(target, format_, recipe)
+    if kv_cache is not None:
+        device = with_kv_cache(device, chosen, kv_cache)
     recipe_name, mix = load_recipe(recipe or device.formats[chosen].recipe)
     if chosen not in mix.formats:
         raise UnsupportedError(
@@ -132,6 +140,7 @@ def export(
     recipe: str | None = None,
     context: int | None = None,
     format_: Format | None = None,
+    kv_cache: str | None = None,
     out: Path | None = None,
     split_max_size: int | None = None,
     force: bool = False,
@@ -148,6 +157,7 @@ def export(
         recipe: a recipe's name or path; None for the target's.
         context: tokens that the KV cache must hold; None for the target's.
         format_: artifact format; None for the first that the target takes.
+        kv_cache: type of the KV cache; None for the target's. "int8", for ONNX, is calibrated on the reference.
         out: folder to write; None for dist/<model>-<target>.
         split_max_size: largest file in bytes; None for the target's own limit.
         force: write a plan that does not fit, and replace an earlier artifact.
@@ -160,7 +170,7 @@ def export(
     require_quantizers()
     with reporting(stages) as report:
         # from the config: what will be refused is refused before gigabytes are fetched
-        ready = prepare_spec(resolve_spec(name, report), target, recipe, context, format_)
+        ready = prepare_spec(resolve_spec(name, report), target, recipe, context, format_, kv_cache)
         if not force:
             require_fit(ready.plan, ready.fit, ready.target_name, ready.target, ready.format)
         folder = out or default_folder(ready)
@@ -169,11 +179,12 @@ def export(
     with source:
         spec = parse_config(source.config, source.generation_config, source.name)
         source.check(spec)
-        ready = prepare_spec(spec, target, recipe, context, format_)
+        ready = prepare_spec(spec, target, recipe, context, format_, kv_cache)
         limit = split_max_size or (ready.target.files.max_bytes if ready.target.files else None)
         imported = any(t.method == "imported" for t in ready.plan.tensors)  # then the recipe says little
         name_ = source.name if imported else f"{source.name}-{ready.plan.recipe}"
-        job = Job(ready.plan, ready.recipe, source, ready.runtime, ready.fit.context, name_, limit)
+        scales = calibrate_cache(source.path, stages) if ready.runtime.kv_cache == "int8" else None
+        job = Job(ready.plan, ready.recipe, source, ready.runtime, ready.fit.context, name_, limit, scales)
         emitter = open_emitter(ready.format, job)
         with new_folder(folder, lambda: require_free(folder, force)) as partial:
             with (
@@ -198,6 +209,7 @@ def export_formats(
     *,
     recipe: str | None = None,
     context: int | None = None,
+    kv_cache: str | None = None,
     out: Path | None = None,
     split_max_size: int | None = None,
     force: bool = False,
@@ -211,7 +223,7 @@ def export_formats(
     with reporting(stages) as report:
         spec = resolve_spec(name, report)
     for format_ in formats:  # what will be refused is refused before the first one is made
-        ready = prepare_spec(spec, target, recipe, context, format_)
+        ready = prepare_spec(spec, target, recipe, context, format_, kv_cache)
         if not force:
             require_fit(ready.plan, ready.fit, ready.target_name, ready.target, format_)
     folder = out or default_folder(ready)
@@ -223,6 +235,7 @@ def export_formats(
                 recipe=recipe,
                 context=context,
                 format_=format_,
+                kv_cache=kv_cache,
                 out=partial / format_,
                 split_max_size=split_max_size,
                 force=force,
@@ -240,6 +253,25 @@ def export_formats(
         )
         for one in made
     ]
+
+
+def with_kv_cache(device: Target, format_: Format, kv_cache: str) -> Target:
+    """The target with another type of KV cache for one format.
+
+    Raises:
+        UsageError: a type that the format's runtime does not have.
+    """
+    if kv_cache not in KV_TYPES[format_]:
+        raise UsageError(f"unknown KV cache type {kv_cache!r} for {format_}", f"one of {', '.join(KV_TYPES[format_])}")
+    runtime = device.formats[format_].model_copy(update={"kv_cache": kv_cache})
+    return device.model_copy(update={"formats": {**device.formats, format_: runtime}})
+
+
+def calibrate_cache(checkpoint: Path, stages: Stages) -> KVScales:
+    """Scales of an int8 KV cache, from the float32 reference; see phi3edge.kv_calibration."""
+    from phi3edge.kv_calibration import calibrate_kv
+
+    return calibrate_kv(checkpoint, stages=stages)
 
 
 def default_folder(ready: Prepared) -> Path:
@@ -350,7 +382,7 @@ def validate_artifact(
         chunks=chunks,
         gates=device.gates,
         context=said.get("context") or device.context,
-        kv_type=runtime.kv_cache,
+        kv_type=said.get("kv_cache", runtime.kv_cache),
         threads=threads,
         name=source.name,
         source=source.source,
@@ -476,6 +508,7 @@ def _manifest(
         "files": files,
         "target": ready.target_name,
         "context": ready.fit.context,
+        "kv_cache": ready.runtime.kv_cache,
         "recipe": {"name": ready.plan.recipe, **recipes.to_json(ready.recipe)},
         "plan": {
             "bits_per_weight": round(ready.plan.bits_per_weight, 4),

@@ -20,7 +20,9 @@ LARGEST_CODE = 127
 
 
 def calibrate_kv(checkpoint: Path, text: Text | None = None, stages: Stages = silent) -> KVScales:
-    """Runs the reference over the first 4,096 tokens of a text and takes every channel's largest magnitude.
+    """Runs the reference over the last 4,096 tokens of a text and takes every channel's largest magnitude.
+
+    The last ones, since validation scores the first.
 
     Keys are taken as they lie in the cache: after the rotary embedding. What is larger later is clipped.
 
@@ -35,7 +37,8 @@ def calibrate_kv(checkpoint: Path, text: Text | None = None, stages: Stages = si
         UsageError: the text is too short, or the weights in float32 do not fit into this machine's free memory.
     """
     text = text or default_text()
-    ids = chunk(load_tokenizer(checkpoint)(text.text)["input_ids"], CHUNKS, CHUNK_TOKENS, text.name)
+    last = load_tokenizer(checkpoint)(text.text)["input_ids"][-CHUNKS * CHUNK_TOKENS :]
+    ids = chunk(last, CHUNKS, CHUNK_TOKENS, text.name)
     with stages("load reference", None):
         model = load_model(checkpoint)
     import torch

@@ -17,7 +17,7 @@ from _targets import write_target
 from phi3edge import build, manifest
 from phi3edge.build import export
 from phi3edge.checkpoint import open_checkpoint
-from phi3edge.errors import CheckpointError, DoesNotFitError, OutputError, UnsupportedError
+from phi3edge.errors import CheckpointError, DoesNotFitError, OutputError, UnsupportedError, UsageError
 from phi3edge.families import parse_config
 from phi3edge.files import new_folder, sha256
 from phi3edge.quantize import quantize
@@ -296,3 +296,20 @@ def test_a_split_target_splits_by_itself(model, tmp_path):
     made = export(str(model), str(target), recipe="f16", out=tmp_path / "out")
     assert made.artifact.name.endswith(f"-00001-of-{len(made.files):05d}.gguf")
     shutil.rmtree(made.folder)
+
+
+def test_the_kv_cache_can_be_chosen_and_is_written_down(model, tmp_path):
+    made = export(str(model), "android", recipe="q8_0", kv_cache="q8_0", out=tmp_path / "out")
+    assert manifest.read_manifest(made.folder)["kv_cache"] == "q8_0"
+    larger = export(str(model), "android", recipe="q8_0", out=tmp_path / "f16")
+    assert made.prepared.fit.kv_cache < larger.prepared.fit.kv_cache
+    with pytest.raises(UsageError, match="unknown KV cache type 'int8' for gguf"):
+        export(str(model), "android", recipe="q8_0", kv_cache="int8", out=tmp_path / "int8")
+    assert not (tmp_path / "int8").exists()
+
+
+def test_an_int8_kv_cache_is_calibrated_and_runs(model, tmp_path):
+    made = export(str(model), "cpu", recipe="f32", format_="onnx", kv_cache="int8", out=tmp_path / "out")
+    report, _ = build.validate_artifact(made.folder, chunks=2, threads=1)
+    assert report.environment.flags["kv_type"] == "int8"
+    assert 1e-7 < report.metrics["kl_mean"].value < 1e-2

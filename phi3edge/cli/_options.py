@@ -18,6 +18,10 @@ ContextOption = Annotated[
 FormatsOption = Annotated[
     str | None, typer.Option("--format", "-f", help="gguf, onnx, or both; default: the one that the target prefers.")
 ]
+KVCacheOption = Annotated[
+    str | None,
+    typer.Option("--kv-cache", help="gguf: f32, f16, q8_0, q4_0; onnx: f32, f16, int8; default: the target's."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, no talk.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Worker threads; default: all cores.")]
 TextOption = Annotated[

@@ -14,6 +14,7 @@ from phi3edge.cli._options import (
     ContextOption,
     FormatsOption,
     JsonOption,
+    KVCacheOption,
     RecipeOption,
     TargetOption,
     TextOption,
@@ -39,6 +40,7 @@ def export(
     ] = "rtn",
     format_: FormatsOption = None,
     context: ContextOption = None,
+    kv_cache: KVCacheOption = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default: dist/MODEL-TARGET.")] = None,
     split_max_size: Annotated[
         str | None, typer.Option("--split-max-size", help="Largest file, e.g. 1.5GB; default: the target's limit.")
@@ -70,6 +72,7 @@ def export(
     arguments: dict[str, Any] = {
         "recipe": recipe,
         "context": context,
+        "kv_cache": kv_cache,
         "out": out,
         "split_max_size": parse_size(split_max_size) if split_max_size is not None else None,
         "force": force,

@@ -14,6 +14,7 @@ from phi3edge.cli._options import (
     ContextOption,
     FormatsOption,
     JsonOption,
+    KVCacheOption,
     RecipeOption,
     TargetOption,
 )
@@ -27,6 +28,7 @@ def plan(
     target: TargetOption = "iphone",
     recipe: RecipeOption = None,
     context: ContextOption = None,
+    kv_cache: KVCacheOption = None,
     format_: FormatsOption = None,
     force: Annotated[bool, typer.Option("--force", help="Exit code 0 even if it does not fit.")] = False,
     as_json: JsonOption = False,
@@ -40,7 +42,7 @@ def plan(
     """
     formats = formats_of(target, format_, recipe)
     with progress(quiet=as_json) as stages:
-        plans = [prepare(checkpoint, target, recipe, context, chosen, stages) for chosen in formats]
+        plans = [prepare(checkpoint, target, recipe, context, chosen, kv_cache, stages) for chosen in formats]
     if as_json:
         documents = [{**describe(p), **to_json(p.plan, p.fit), "notes": p.notes} for p in plans]
         print_json(documents if len(documents) > 1 else documents[0])
