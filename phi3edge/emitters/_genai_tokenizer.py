@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3edge.checkpoint import TOKENIZER_FILES, inside
+from phi3edge.emitters._genai_template import runtime_template
 from phi3edge.errors import CheckpointError, MissingExtraError, UnsupportedError
 from phi3edge.tokenizer import BYTES, GPT4O, LLAMA3, QWEN2, SPACE
 from phi3edge.types import JSON, ModelSpec
@@ -133,7 +134,7 @@ def _config(reference: Any, notes: list[str]) -> JSON:
     template = reference.chat_template
     named = template if isinstance(template, dict) else {"default": template}
     if named.get("default"):
-        config["chat_template"] = named["default"]
+        config["chat_template"] = runtime_template(named["default"], notes)
     notes += [f"{RUNTIME} holds one chat template; {name!r} is left out" for name in named if name != "default"]
     return config
 
@@ -141,14 +142,13 @@ def _config(reference: Any, notes: list[str]) -> JSON:
 def _added_to_texts(reference: Any, fast: JSON, notes: list[str]) -> JSON:
     """What the reference adds around a text, as tokenizer_config.json says it.
 
-    The runtime adds a token also where tokenizer.json's post-processor mentions it; one that adds nothing goes.
+    The runtime adds a token also where tokenizer.json's post-processor mentions it: one is written that says no more.
     """
     text = reference("a", add_special_tokens=False)["input_ids"]
     whole = reference("a")["input_ids"]
     start = next(i for i in range(len(whole)) if whole[i : i + len(text)] == text)
     before, after = whole[:start], whole[start + len(text) :]
-    if not before and not after:
-        fast["post_processor"] = None
+    fast["post_processor"] = _post_processor(reference, before, after) if before or after else None
     found = {}
     for kind, ids, place in (("bos", before, "before"), ("eos", after, "after")):
         own = getattr(reference, f"{kind}_token_id")
@@ -161,6 +161,25 @@ def _added_to_texts(reference: Any, fast: JSON, notes: list[str]) -> JSON:
     if after and not before and reference.bos_token == reference.eos_token:
         notes.append(f"{RUNTIME} also adds {reference.bos_token} before a text; the tokenizer only after it")
     return found
+
+
+def _post_processor(reference: Any, before: list[int], after: list[int]) -> JSON:
+    """A step that puts tokens around a text, or each of two."""
+
+    def around(name: str, kind: int) -> list[JSON]:
+        start, end = (
+            [{"SpecialToken": {"id": token, "type_id": kind}} for token in reference.convert_ids_to_tokens(ids)]
+            for ids in (before, after)
+        )
+        return [*start, {"Sequence": {"id": name, "type_id": kind}}, *end]
+
+    named = {reference.convert_ids_to_tokens(n): n for n in (*before, *after)}
+    return {
+        "type": "TemplateProcessing",
+        "single": around("A", 0),
+        "pair": [*around("A", 0), *around("B", 1)],
+        "special_tokens": {token: {"id": token, "ids": [n], "tokens": [token]} for token, n in named.items()},
+    }
 
 
 def _rewrite_sentencepiece(fast: JSON, chat: bool, notes: list[str]) -> None:
