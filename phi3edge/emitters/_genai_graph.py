@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 SUPPORTED = (0, 18)
 """Version of onnxruntime-genai whose builder this file drives."""
+
+LATER_CLASSES = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
+"""Classes of transformers 5 that the builder imports."""
 
 WEIGHTS = {
     "embedding": r"model\.embed_tokens\.weight",
@@ -68,7 +72,9 @@ def build_graph(spec: ModelSpec, provider: str, io_dtype: str) -> tuple[ir.Model
         import onnx_ir as ir
         import torch
         import transformers
-        from onnxruntime_genai.models.builders.phi import Phi3MiniModel
+
+        with _later_classes(transformers):
+            from onnxruntime_genai.models.builders.phi import Phi3MiniModel
     except ImportError:
         raise MissingExtraError("writing ONNX Runtime GenAI folders", "onnx") from None
     config = _config(spec, transformers)
@@ -111,6 +117,19 @@ def require_builder() -> None:
         )
 
 
+@contextlib.contextmanager
+def _later_classes(transformers: Any) -> Iterator[None]:
+    """Lets the builder be imported beside transformers 4, which lacks classes that it names for other families."""
+    missing = [name for name in LATER_CLASSES if not hasattr(transformers, name)]
+    for name in missing:
+        setattr(transformers, name, None)
+    try:
+        yield
+    finally:
+        for name in missing:
+            delattr(transformers, name)
+
+
 def _config(spec: ModelSpec, transformers: Any) -> Any:
     """What transformers configures the model with, from our strict reading of it."""
     config = transformers.Phi3Config(
@@ -132,6 +151,8 @@ def _config(spec: ModelSpec, transformers: Any) -> Any:
     )
     config.rope_theta = spec.rope.theta  # transformers 4; 5 keeps it in rope_parameters
     config.rope_parameters = {"rope_type": "default", "rope_theta": spec.rope.theta}
+    if getattr(config, "rope_scaling", config.rope_parameters) is None:  # transformers 4; the builder reads both
+        config.rope_scaling = config.rope_parameters
     config.architectures = ["Phi3ForCausalLM"]
     config._name_or_path = ""
     return config
