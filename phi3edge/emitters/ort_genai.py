@@ -22,7 +22,7 @@ import numpy as np
 
 from phi3edge.codecs import codec, is_float
 from phi3edge.emitters import Job, Stream, WrittenFile
-from phi3edge.emitters._genai_config import genai_config
+from phi3edge.emitters._genai_config import genai_config, hub_config
 from phi3edge.emitters._genai_graph import Weight, build_graph
 from phi3edge.emitters._genai_kv import quantize_kv_cache
 from phi3edge.emitters._genai_tokenizer import tokenizer_files
@@ -308,10 +308,9 @@ class Emitter:
         )
 
     def _hub_files(self) -> dict[str, bytes]:
-        """config.json and generation_config.json, which other loaders of ONNX models ask for; without remote code."""
+        """config.json and generation_config.json, which other loaders of ONNX models ask for."""
         checkpoint = self._job.checkpoint
-        dropped = ("auto_map", "quantization_config")
-        found = {"config.json": {k: v for k, v in checkpoint.config.items() if k not in dropped}}
+        found = {"config.json": hub_config(self._job.plan.model, checkpoint.config)}
         if checkpoint.generation_config is not None:
             found["generation_config.json"] = checkpoint.generation_config
         return {name: _text(content) for name, content in found.items()}
