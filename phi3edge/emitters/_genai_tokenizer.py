@@ -197,8 +197,8 @@ def _rewrite_sentencepiece(fast: JSON, chat: bool, notes: list[str]) -> None:
         ],
     }
     notes.append(
-        f"{RUNTIME} merges no characters across a line break that follows a word, nor across a cut after 100 characters"
-        " without a space: a few tokens differ before carriage returns and in very long words"
+        f"{RUNTIME} merges nothing across a line break after a word, nor past 100 characters of one word or of spaces:"
+        " tokens differ before carriage returns (Windows line ends) and in very long runs"
     )
 
 
