@@ -1,5 +1,6 @@
 # make demo    sets up, then exports the demo model for an iPhone and proves it
 # make test    sets up, then runs all tests
+# make test-optimum  sets up another environment, then runs the tests of optimum-onnx, which wants an older transformers
 # make lint    format, lint, types, import layering
 # make format  rewrites what the formatter would
 
@@ -7,14 +8,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OPTIMUM_VENV := .venv-optimum
+OPTIMUM_READY := $(OPTIMUM_VENV)/.ready
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-optimum lint format clean
 
 demo: $(READY)
 	$(BIN)/phi3edge export demo --target iphone --force
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-optimum: $(OPTIMUM_READY)
+	$(OPTIMUM_VENV)/bin/python -m pytest -m optimum tests/optimum
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -33,5 +39,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
 	touch $(READY)
 
+$(OPTIMUM_READY): pyproject.toml constraints-optimum.txt
+	test -x $(OPTIMUM_VENV)/bin/python || $(PYTHON) -m venv $(OPTIMUM_VENV)
+	$(OPTIMUM_VENV)/bin/python -m pip install --quiet --constraint constraints-optimum.txt --editable '.[onnx,optimum]' pytest
+	touch $(OPTIMUM_READY)
+
 clean:
-	rm -rf $(VENV) dist build *.egg-info
+	rm -rf $(VENV) $(OPTIMUM_VENV) dist build *.egg-info
