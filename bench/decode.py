@@ -53,12 +53,8 @@ def open_as_written(folder: Path, context: int, work: Path) -> Runner:
     shutil.rmtree(linked, ignore_errors=True)
     linked.mkdir()
     for path in folder.iterdir():
-        if path.name != "genai_config.json":
-            (linked / path.name).hardlink_to(path)
-    config = json.loads((folder / "genai_config.json").read_text())
-    config["model"]["decoder"]["session_options"].setdefault(ort_genai.SPINNING, "1")
-    (linked / "genai_config.json").write_text(json.dumps(config))
-    options = {"folder": str(linked), "context": context, "threads": 0, "vocab_only": False}
+        (linked / path.name).hardlink_to(path)
+    options = {"folder": str(linked), "context": context, "threads": 0, "plain": False, "vocab_only": False}
     return Runner("ort_genai", ort_genai.RUNTIME, linked, options, timeout=600)
 
 

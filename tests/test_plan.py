@@ -191,8 +191,8 @@ def test_weights_in_onnx_runtimes_memory():
     plan = plan_of("int4")
     _, cpu = load_target("cpu")
     _, gpu = load_target("webgpu")
-    blocks = {t: t.tensor.size // 32 for t in plan.tensors if t.tensor.role not in ("embedding",) and t.codec != "f32"}
-    more = sum(n * (4 + 4 - 2) for n in blocks.values())
+    linears = [t for t in plan.tensors if t.tensor.role != "embedding" and t.codec != "f32"]
+    more = sum(t.tensor.size // codec(t.codec).BLOCK_SIZE * (4 + 4 - 2) for t in linears)
     assert estimate_fit(plan, cpu, "onnx", 2048).weights == plan.weight_bytes + more
     assert estimate_fit(plan, gpu, "onnx", 2048).weights == plan.weight_bytes
 
