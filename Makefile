@@ -20,7 +20,7 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 test-optimum: $(OPTIMUM_READY)
-	$(OPTIMUM_VENV)/bin/python -m pytest -m optimum tests/optimum
+	$(OPTIMUM_VENV)/bin/python -m pytest -m optimum tests/test_optimum.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

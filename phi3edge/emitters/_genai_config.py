@@ -89,7 +89,7 @@ def genai_config(
 def hub_config(spec: ModelSpec, config: JSON) -> JSON:
     """config.json as loaders of Hugging Face's kind read it: the checkpoint's, without remote code and quantization.
 
-    optimum-onnx 0.1 makes its first KV cache with as many heads as the queries have, but for model types that it knows to
+    optimum-onnx 0.1 gives its first KV cache as many heads as the queries have, but for model types that it knows to
     have fewer, and phi3 is not among them. The graph of a phi3 with grouped heads is that of a llama, which is.
     """
     dropped = ("auto_map", "quantization_config")
