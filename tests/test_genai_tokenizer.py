@@ -100,7 +100,15 @@ def copy(phi3_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(phi3_folder, tmp_path / "copy"))
 
 
-@pytest.mark.parametrize("files", [("tokenizer.model", "tokenizer.json"), ("tokenizer.model",), ("tokenizer.json",)])
+ONLY_MODEL = pytest.param(
+    ("tokenizer.model",),
+    marks=pytest.mark.skipif(
+        transformers.__version__ < "5", reason="transformers 4 puts a space in front of such a text; a note says so"
+    ),
+)
+
+
+@pytest.mark.parametrize("files", [("tokenizer.model", "tokenizer.json"), ONLY_MODEL, ("tokenizer.json",)])
 def test_sentencepiece_ids(copy: Path, tmp_path: Path, files: tuple[str, ...]) -> None:
     for name in {"tokenizer.model", "tokenizer.json"}.difference(files):
         (copy / name).unlink()

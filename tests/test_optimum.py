@@ -1,7 +1,7 @@
 """Our ONNX folders in optimum-onnx, the other door to ONNX Runtime: the same logits, the same greedy text.
 
-optimum-onnx needs transformers 4, so these tests run in an environment of their own: `make test-optimum`. They import it
-late, so that other environments can collect this file.
+optimum-onnx needs transformers 4, so these tests run in an environment of their own: `make test-optimum`. They import
+it late, so that other environments can collect this file.
 """
 
 from dataclasses import replace
