@@ -95,6 +95,7 @@ def build_graph(spec: ModelSpec, provider: str, io_dtype: str) -> tuple[ir.Model
     model.graph.sort()
     weights = [_weight(value) for value in model.graph.initializers.values() if _is_promise(value)]
     _set_window(model, spec)
+    _set_head_size(model, spec)
     return model, [weight for weight in weights if weight is not None]
 
 
@@ -187,3 +188,12 @@ def _set_window(model: ir.Model, spec: ModelSpec) -> None:
         )
     for node in attentions:
         node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", spec.sliding_window or -1)
+
+
+def _set_head_size(model: ir.Model, spec: ModelSpec) -> None:
+    """The KV cache's last dimension is a number: the builder leaves it open, for caches that pack several values."""
+    import onnx_ir as ir
+
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if (value.name or "").startswith(("past_key_values.", "present.")):
+            value.shape = ir.Shape([*list(value.shape or ())[:-1], spec.head_dim])
