@@ -233,6 +233,14 @@ def test_what_is_added_to_a_text(tmp_path: Path, side: str) -> None:
     assert differing(reference(folder), runtime(written, tmp_path / "out"), ["Hello", "", CHAT]) == []
 
 
+def test_a_beginning_that_only_the_post_processor_names(copy: Path, tmp_path: Path) -> None:
+    (copy / "tokenizer_config.json").unlink()
+    (copy / "tokenizer.model").unlink()
+    written, _ = tokenizer_files(copy, spec())
+    assert reference(copy)("Hello")["input_ids"][0] == 1
+    assert differing(reference(copy), runtime(written, tmp_path / "out"), ["Hello", "", CHAT]) == []
+
+
 def test_flags_that_the_runtime_ignores_are_noted(copy: Path) -> None:
     config = json.loads((copy / "tokenizer_config.json").read_text(encoding="utf-8"))
     for token in list(config["added_tokens_decoder"].values())[3:]:

@@ -70,7 +70,7 @@ def tokenizer_files(checkpoint: Path, spec: ModelSpec) -> tuple[dict[str, bytes]
         _rewrite_sentencepiece(fast, "chat_template" in config, notes)
         files["tokenizer_module.json"] = {"tokenizer_class": "GemmaTokenizer"}
         if config["add_eos_token"]:
-            notes.append(f"{RUNTIME} adds no {config['eos_token']} after a text; the tokenizer does")
+            notes.append(f"{RUNTIME} adds nothing after a text; the tokenizer does")
     _note_flags(fast, notes)
     try:
         return {name: json.dumps(content, ensure_ascii=False).encode() for name, content in files.items()}, notes
@@ -149,11 +149,13 @@ def _added_to_texts(reference: Any, fast: JSON, notes: list[str]) -> JSON:
     start = next(i for i in range(len(whole)) if whole[i : i + len(text)] == text)
     before, after = whole[:start], whole[start + len(text) :]
     fast["post_processor"] = _post_processor(reference, before, after) if before or after else None
-    found = {}
+    found: JSON = {}
     for kind, ids, place in (("bos", before, "before"), ("eos", after, "after")):
         own = getattr(reference, f"{kind}_token_id")
         found[f"add_{kind}_token"] = bool(ids)
-        if ids not in ([], [own]):
+        if own is None and len(ids) == 1:  # tokenizer_config.json names none
+            found[f"{kind}_token"] = reference.convert_ids_to_tokens(ids[0])
+        elif ids not in ([], [own]):
             notes.append(
                 f"{RUNTIME} adds only the {kind} token {place} a text; the tokenizer adds"
                 f" {' '.join(reference.convert_ids_to_tokens(ids))}"
