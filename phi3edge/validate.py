@@ -295,14 +295,11 @@ def kl_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 def _check_tokens(runner: Runner, tokenizer: Any, eos: tuple[int, ...]) -> Tokens:
     """Compares token ids of fixed strings, of the checkpoint's own special tokens, and of a rendered chat."""
-    from jinja2 import TemplateError
-
     specials = sorted(str(token) for token in tokenizer.get_added_vocab())[:32]
     strings = [*STRINGS, *(f"{token} a{token}\n{token}" for token in specials)]
     pairs = [(s, _ids(tokenizer, s), runner.tokenize(s, special=True, bos=False)) for s in strings]
     opening = STRINGS[0]  # with what each adds in front of a prompt
     pairs.append((opening, tokenizer(opening)["input_ids"], runner.tokenize(opening, special=True, bos=True)))
-    template = runner.info()["chat_template"]
     if tokenizer.chat_template:
         chat = [
             {"role": "user", "content": QUESTIONS[0]},
@@ -310,10 +307,7 @@ def _check_tokens(runner: Runner, tokenizer: Any, eos: tuple[int, ...]) -> Token
             {"role": "user", "content": " And of  Peru? \n"},
         ]
         theirs = _render(tokenizer, chat)
-        try:
-            ours = _render(tokenizer, chat, template) if template else ""
-        except TemplateError:
-            ours = ""
+        ours = _render_artifact(runner, tokenizer, chat)
         pairs.append((theirs, _ids(tokenizer, theirs), runner.tokenize(ours, special=True, bos=False)))
     return Tokens(
         checked=len(pairs),
@@ -329,8 +323,21 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _render(tokenizer: Any, chat: list[dict[str, str]], template: str | None = None) -> str:
-    """The chat as the checkpoint's template, or another, writes it; by Jinja here, not by the runtime's own engine."""
+    """The chat as the checkpoint's template, or another, writes it."""
     return tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
+
+
+def _render_artifact(runner: Runner, tokenizer: Any, chat: list[dict[str, str]]) -> str:
+    """The chat as the artifact's template writes it, by the runtime's own engine or Jinja here; "" if it fails."""
+    from jinja2 import TemplateError
+
+    template = runner.info()["chat_template"]
+    try:
+        if not template:
+            return ""
+        return runner.chat(chat) or _render(tokenizer, chat, template)
+    except (RunnerError, TemplateError):
+        return ""
 
 
 def _prompt(tokenizer: Any, question: str) -> list[int]:

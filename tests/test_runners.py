@@ -169,6 +169,13 @@ def test_tokens_are_the_checkpoints(runner: Runner, checkpoint: Path) -> None:
     assert runner.tokenize("<|user|>", special=True, bos=True) == [1]  # this checkpoint adds nothing to a prompt
 
 
+def test_chats_are_the_checkpoints(kind: Kind, runner: Runner, checkpoint: Path) -> None:
+    chat = [{"role": "user", "content": " über  \n"}, {"role": "assistant", "content": ""}]
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    expected = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert runner.chat(chat) == (expected if kind.module is ort_genai else None)
+
+
 def test_info(kind: Kind, runner: Runner, checkpoint: Path) -> None:
     info = runner.info()
     assert info["runtime"] == kind.runtime

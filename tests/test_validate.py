@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -161,6 +162,20 @@ def test_another_chat_template_is_found_out(checkpoint: Path, folder: Path, temp
     report = run(write_gguf(checkpoint, folder / "chat.gguf", template=template), checkpoint)
     (mismatch,) = report.tokens.mismatches
     assert "<|assistant|>\nParis." in mismatch.text
+    assert not report.passed
+
+
+def test_a_chat_template_that_the_runtime_cannot_render_is_found_out(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    from _genai import write_genai
+
+    shouting = Path(shutil.copytree(checkpoint, tmp_path / "in"))
+    config = json.loads((shouting / "tokenizer_config.json").read_text())
+    template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
+    (shouting / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    report = run(write_genai(shouting, tmp_path / "out"), shouting)
+    (mismatch,) = report.tokens.mismatches
+    assert "PARIS." in mismatch.text
     assert not report.passed
 
 

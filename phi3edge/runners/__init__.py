@@ -121,6 +121,14 @@ class Runner:
         """
         return self._call("tokenize", "tokenizing", text=text, special=special, bos=bos)
 
+    def chat(self, messages: list[dict[str, str]]) -> str | None:
+        """A chat and the opening of an answer, as the runtime's own engine renders it; None where it has no engine.
+
+        Args:
+            messages: with keys "role" and "content".
+        """
+        return self._call("chat", "rendering a chat", messages=messages)
+
     def speed(self, prompt_tokens: int, decode_tokens: int) -> dict[str, float]:
         """prompt_tokens_per_s, decode_tokens_per_s, time_to_first_token_s (of that prompt) and load_s, when warm."""
         return self._call("speed", "measuring", prompt_tokens=prompt_tokens, decode_tokens=decode_tokens)

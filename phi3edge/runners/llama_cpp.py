@@ -208,6 +208,10 @@ class Session:
                 return list(tokens[:n])
             room = -n
 
+    def chat(self, messages: list[dict[str, str]]) -> str | None:
+        """None: the library knows templates by their look; what uses it brings an engine for others."""
+        return None
+
     def speed(self, prompt_tokens: int, decode_tokens: int) -> dict[str, float]:
         """Timings of one prompt and the tokens decoded after it."""
         prompt = [(7919 * i + 13) % self._size for i in range(prompt_tokens)]

@@ -248,13 +248,17 @@ class Session:
     def tokenize(self, text: str, special: bool, bos: bool) -> list[int]:
         """Token ids of a text; without `special`, only for a text that holds no special token."""
         with _explained("cannot tokenize"):
-            if self._tokenizer is None:
-                self._tokenizer = self._lib.Tokenizer(self._config)
-            self._tokenizer.update_options(add_special_tokens="true" if bos else "false")
-            ids = self._tokenizer.encode(text).tolist()
+            tokenizer = self._open_tokenizer()
+            tokenizer.update_options(add_special_tokens="true" if bos else "false")
+            ids = tokenizer.encode(text).tolist()
         if not special and (found := self._found.special_ids.intersection(ids[1:] if bos else ids)):
             raise RunnerError(f"{RUNTIME} always reads special tokens, and the text holds {sorted(found)}")
         return ids
+
+    def chat(self, messages: list[dict[str, str]]) -> str:
+        """A chat by the folder's template and the runtime's engine."""
+        with _explained("cannot render the chat template"):
+            return str(self._open_tokenizer().apply_chat_template(json.dumps(messages), add_generation_prompt=True))
 
     def speed(self, prompt_tokens: int, decode_tokens: int) -> dict[str, float]:
         """Timings of one prompt and the tokens decoded after it."""
@@ -279,6 +283,11 @@ class Session:
     def peak_memory(self) -> int | None:
         """Highest resident memory so far, in bytes."""
         return peak_memory()
+
+    def _open_tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            self._tokenizer = self._lib.Tokenizer(self._config)
+        return self._tokenizer
 
     def _clear(self, endless: bool = False) -> None:
         """Starts from an empty context; `endless` goes on past the end of generation."""
