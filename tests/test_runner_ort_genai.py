@@ -117,12 +117,13 @@ def test_a_folders_search_settings_do_not_change_greedy_text(artifact: Path, cop
         assert odd.generate([5, 6, 7], 20) == plain.generate([5, 6, 7], 20)
 
 
-def test_spinning_is_off_unless_the_folder_says_so(folder: Path) -> None:
-    with open_(folder) as runner:
+def test_threads_spin_as_in_an_app_unless_plain_or_the_folder_says_so(folder: Path) -> None:
+    for plain, said in ((False, "on"), (True, "off")):
+        with ort_genai.open(folder, context=64, threads=1, plain=plain) as runner:
+            assert runner.info()["spinning"] == said
+    edit(folder, lambda model: model["decoder"]["session_options"].update({ort_genai.SPINNING: "0"}))
+    with ort_genai.open(folder, context=64, threads=1) as runner:
         assert runner.info()["spinning"] == "off"
-    edit(folder, lambda model: model["decoder"]["session_options"].update({ort_genai.SPINNING: "1"}))
-    with open_(folder) as runner:
-        assert runner.info()["spinning"] == "on"
 
 
 def test_a_graph_that_chooses_by_length_gets_a_prompt_at_once(folder: Path) -> None:
