@@ -206,12 +206,13 @@ def test_the_folder_is_the_same_tokenizer_for_transformers(tmp_path: Path) -> No
         expected = reference(checkpoint(tmp_path / name, write))
         written = tokenizer_files(tmp_path / name, spec())[0]
         runtime(written, tmp_path / f"{name}-out")
-        for config in (None, '{"model_type": "phi3"}'):
+        for config in (None, '{"model_type": "phi3"}', '{"model_type": "llama"}'):
             if config:
                 (tmp_path / f"{name}-out" / "config.json").write_text(config)
             again = reference(tmp_path / f"{name}-out")
             strings = texts()
             assert again(strings)["input_ids"] == expected(strings)["input_ids"]
+            assert set(again("a")) == {"input_ids", "attention_mask"}  # what generate() of a model takes
             assert again.chat_template == expected.chat_template
             assert again.special_tokens_map == expected.special_tokens_map
 

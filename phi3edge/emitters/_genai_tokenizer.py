@@ -125,6 +125,7 @@ def _config(reference: Any, notes: list[str]) -> JSON:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "padding_side": reference.padding_side,
+        "model_input_names": ["input_ids", "attention_mask"],  # the class's own ask for token_type_ids too
     }
     if reference.model_max_length < 1e9:  # transformers' mark for "none" is 1e30
         config["model_max_length"] = reference.model_max_length
