@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 CHUNKS, CHUNK_TOKENS = 16, 256
 LARGEST_CODE = 127
+HEADROOM = 1.25
+"""Room for what other text exceeds the calibration's largest magnitude by. KL of the demo, full precision but for the
+cache, on 10 chunks of wikitext-2 after calibration on documentation: 0.0028 with 1, 0.0011 with 1.25, 0.0013 with 1.5,
+0.0024 with 2."""
 
 
 def calibrate_kv(checkpoint: Path, text: Text | None = None, stages: Stages = silent) -> KVScales:
@@ -24,7 +28,8 @@ def calibrate_kv(checkpoint: Path, text: Text | None = None, stages: Stages = si
 
     The last ones, since validation scores the first.
 
-    Keys are taken as they lie in the cache: after the rotary embedding. What is larger later is clipped.
+    Keys are taken as they lie in the cache: after the rotary embedding. What is larger than HEADROOM times the largest
+    is clipped.
 
     Args:
         checkpoint: folder in Hugging Face layout.
@@ -52,7 +57,7 @@ def calibrate_kv(checkpoint: Path, text: Text | None = None, stages: Stages = si
                 (np.maximum(k, a), np.maximum(v, b)) for (k, v), (a, b) in zip(largest or found, found, strict=True)
             ]
             advance(1)
-    keys, values = (np.stack(side) / LARGEST_CODE for side in zip(*largest, strict=True))
+    keys, values = (np.stack(side) * (HEADROOM / LARGEST_CODE) for side in zip(*largest, strict=True))
     tiny = np.finfo(np.float32).tiny  # for a channel that is always 0
     return KVScales(np.maximum(keys, tiny), np.maximum(values, tiny))
 
