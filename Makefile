@@ -1,6 +1,6 @@
 # make demo    sets up, then exports the demo model for an iPhone and proves it
 # make test    sets up, then runs all tests
-# make test-optimum  sets up another environment, then runs the tests of optimum-onnx, which wants an older transformers
+# make test-optimum  tests beside the older transformers that optimum-onnx wants, in an environment of their own
 # make lint    format, lint, types, import layering
 # make format  rewrites what the formatter would
 
@@ -21,6 +21,7 @@ test: $(READY)
 
 test-optimum: $(OPTIMUM_READY)
 	$(OPTIMUM_VENV)/bin/python -m pytest -m optimum tests/test_optimum.py
+	$(OPTIMUM_VENV)/bin/python -m pytest tests/test_genai_tokenizer.py tests/test_emit_ort_genai.py tests/test_kv_calibration.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -41,7 +42,7 @@ $(READY): pyproject.toml constraints.txt
 
 $(OPTIMUM_READY): pyproject.toml constraints-optimum.txt
 	test -x $(OPTIMUM_VENV)/bin/python || $(PYTHON) -m venv $(OPTIMUM_VENV)
-	$(OPTIMUM_VENV)/bin/python -m pip install --quiet --constraint constraints-optimum.txt --editable '.[onnx,optimum]' pytest
+	$(OPTIMUM_VENV)/bin/python -m pip install --quiet --constraint constraints-optimum.txt --editable '.[onnx,optimum,reference]' pytest
 	touch $(OPTIMUM_READY)
 
 clean:
