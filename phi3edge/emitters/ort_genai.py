@@ -26,6 +26,7 @@ from phi3edge.emitters._genai_config import genai_config, hub_config
 from phi3edge.emitters._genai_graph import Weight, build_graph
 from phi3edge.emitters._genai_kv import quantize_kv_cache
 from phi3edge.emitters._genai_tokenizer import tokenizer_files
+from phi3edge.emitters._genai_versions import requires
 from phi3edge.emitters._partial_file import PartialFile, next_tensor
 from phi3edge.errors import UnsupportedError, UsageError
 from phi3edge.providers import check_graph, load_provider, read_nodes
@@ -63,6 +64,11 @@ class _Section:
     file: int | None = None
     offset: int = 0
 
+    def empty(self) -> np.ndarray:
+        """An array for all of it."""
+        value = self.values[0]
+        return np.empty(value.shape.numpy(), value.dtype.numpy())
+
 
 @dataclass(slots=True)
 class _Piece:
@@ -82,8 +88,6 @@ class Emitter:
         MissingExtraError: a package that the builder needs is not installed.
     """
 
-    requires = {"onnxruntime-genai": ">=0.10", "onnxruntime": ">=1.23"}
-
     def __init__(self, job: Job) -> None:
         self._job, self._provider = job, job.runtime.provider
         spec = job.plan.model
@@ -95,11 +99,13 @@ class Emitter:
             )
         if job.runtime.kv_cache == "int8" and job.kv_scales is None:
             raise UnsupportedError("an int8 KV cache needs calibrated scales, and the job has none")
+        self.requires = requires(job.plan, job.runtime.kv_cache)
         self._tokenizer, self.notes = tokenizer_files(job.checkpoint.path, spec)
         self._model, weights = build_graph(spec, self._provider, self._io)
         self._pieces = self._connect(weights)
         if job.runtime.kv_cache == "int8" and job.kv_scales is not None:
             quantize_kv_cache(self._model, job.kv_scales)
+        self._tables = self._find_tables()
         self._files = self._place(job.split_max_size)
         if problems := check_graph(read_nodes(self._model), self._provider):
             raise UnsupportedError(f"provider {self._provider} cannot run this graph: {problems[0]}")
@@ -108,6 +114,8 @@ class Emitter:
         """Write the folder's files; the model first in the result."""
         with ExitStack() as stack:
             data = [stack.enter_context(PartialFile(folder / name)) for name in self._files]
+            for section, numbers in self._tables:
+                _finish(section, numbers, data)
             tensors = iter(stream)
             for expected in self._job.plan.tensors:
                 chunks = _counted(next_tensor(tensors, expected), expected, on_bytes)
@@ -141,9 +149,13 @@ class Emitter:
             piece = pieces.setdefault(plan.tensor.name, {}).setdefault(weight.part, _Piece(start, stop))
             self._use(weight, plan, piece)
         found = {name: sorted(by_part.values(), key=lambda p: p.start) for name, by_part in pieces.items()}
-        missing = [t.tensor.name for t in self._job.plan.tensors if t.tensor.name not in found]
-        if missing:
-            raise UnsupportedError(f"the graph of onnxruntime-genai's builder does not use {missing[0]}")
+        for planned in self._job.plan.tensors:
+            ends = [0, *(piece.stop for piece in found.get(planned.tensor.name, []))]
+            starts = [piece.start for piece in found.get(planned.tensor.name, [])]
+            if ends != [*starts, _rows(planned)]:
+                raise UnsupportedError(
+                    f"the graph of onnxruntime-genai's builder does not use all of {planned.tensor.name}"
+                )
         self._model.graph.sort()
         return found
 
@@ -244,25 +256,32 @@ class Emitter:
         self._model.graph.insert_before(self._model.graph[0], node)
         return output
 
+    def _find_tables(self) -> list[tuple[_Section, np.ndarray]]:
+        """What the builder computed itself, such as the rotary tables; they grow with the model's context."""
+        import onnx_ir as ir
+
+        return [
+            (_Section([value], slice(None), value.const_value.nbytes), np.ascontiguousarray(value.const_value.numpy()))
+            for value in self._model.graph.initializers.values()
+            if not isinstance(value.const_value, ir.ExternalTensor)
+        ]
+
     def _place(self, limit: int | None) -> list[str]:
         """Gives every section its place, in the order in which they are written; the names of the data files."""
+        pieces = [piece for tensor in self._job.plan.tensors for piece in self._pieces[tensor.tensor.name]]
+        sections = [section for section, _ in self._tables] + [s for piece in pieces for s in piece.sections]
+        placed = [section for section in sections if section.bytes >= ALIGNMENT]
         file = end = 0
-        placed: list[_Section] = []
-        for tensor in self._job.plan.tensors:
-            for piece in self._pieces[tensor.tensor.name]:
-                for section in piece.sections:
-                    if section.bytes < ALIGNMENT:
-                        continue
-                    if limit is not None and section.bytes > limit:
-                        raise UsageError(
-                            f"{section.values[0].name} has {section.bytes} bytes, files hold {limit}",
-                            f"allow files of {section.bytes} bytes or more",
-                        )
-                    offset = -(-end // ALIGNMENT) * ALIGNMENT
-                    if limit is not None and offset + section.bytes > limit:
-                        file, offset = file + 1, 0
-                    section.file, section.offset, end = file, offset, offset + section.bytes
-                    placed.append(section)
+        for section in placed:
+            if limit is not None and section.bytes > limit:
+                raise UsageError(
+                    f"{section.values[0].name} has {section.bytes} bytes, files hold {limit}",
+                    f"allow files of {section.bytes} bytes or more",
+                )
+            offset = -(-end // ALIGNMENT) * ALIGNMENT
+            if limit is not None and offset + section.bytes > limit:
+                file, offset = file + 1, 0
+            section.file, section.offset, end = file, offset, offset + section.bytes
         names = [DATA] if file == 0 else [f"{DATA}.{number}" for number in range(file + 1)]
         for section in placed:
             assert section.file is not None
@@ -275,10 +294,11 @@ class Emitter:
         row = 0
         waiting = iter(pieces)
         piece = next(waiting)
-        kept: list[list[np.ndarray]] = [[] for _ in piece.sections]
+        kept: dict[int, np.ndarray] = {}
         for chunk in chunks:
             while len(chunk):
                 rows, chunk = chunk[: piece.stop - row], chunk[piece.stop - row :]
+                at = slice(row - piece.start, row - piece.start + len(rows))
                 row += len(rows)
                 for number, section in enumerate(piece.sections):
                     part = np.ascontiguousarray(rows[:, section.columns])
@@ -286,13 +306,11 @@ class Emitter:
                         _pad(data[section.file], section.offset)
                         data[section.file].write(part)
                     else:
-                        kept[number].append(part)
+                        _keep(section, kept.setdefault(number, section.empty()), at, part)
                 if row == piece.stop:
-                    for section, parts in zip(piece.sections, kept, strict=True):
-                        if parts:
-                            _finish(section, parts, data)
-                    piece = next(waiting, piece)
-                    kept = [[] for _ in piece.sections]
+                    for number, whole in kept.items():
+                        _finish(piece.sections[number], whole, data)
+                    piece, kept = next(waiting, piece), {}
 
     def _serialize(self) -> bytes:
         import onnx_ir as ir
@@ -330,20 +348,25 @@ def _counted(
         raise RuntimeError(f"tensor {expected.tensor.name!r}: expected {expected.bytes} bytes, got {size}")
 
 
-def _finish(section: _Section, parts: list[np.ndarray], data: list[PartialFile]) -> None:
-    """Writes a section whose rows were kept, into its file or the model."""
+def _keep(section: _Section, whole: np.ndarray, rows: slice, part: np.ndarray) -> None:
+    """Copies packed rows of a section to where they belong in all of it."""
+    if section.transposed:
+        whole[:, rows] = part.view(whole.dtype).T
+    else:
+        flat = whole.reshape(-1).view(np.uint8)
+        flat[rows.start * part.shape[1] : rows.stop * part.shape[1]] = part.reshape(-1)
+
+
+def _finish(section: _Section, whole: np.ndarray, data: list[PartialFile]) -> None:
+    """Writes a section that is in memory, into its file or the model."""
     import onnx_ir as ir
 
-    whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
-    numbers = whole.view(section.values[0].dtype.numpy())
-    if section.transposed:
-        numbers = np.ascontiguousarray(numbers.T)
     if section.file is not None:
         _pad(data[section.file], section.offset)
-        data[section.file].write(numbers)
+        data[section.file].write(whole)
         return
     for value in section.values:
-        value.const_value = ir.Tensor(numbers.reshape(value.shape.numpy()), name=value.name)
+        value.const_value = ir.Tensor(whole, name=value.name)
 
 
 def _pad(file: PartialFile, offset: int) -> None:
