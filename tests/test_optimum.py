@@ -4,6 +4,7 @@ optimum-onnx needs transformers 4, so these tests run in an environment of their
 it late, so that other environments can collect this file.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,14 @@ PROMPTS = ("The capital of France is", "def fib(n):", "Water boils at")
 TOKENS = 20
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module", params=list(SHAPES))
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape: Shape = SHAPES[request.param]
@@ -36,10 +45,12 @@ def write(name: str, out: Path, recipe: str) -> Path:
 
 
 def open_optimum(folder: Path) -> Any:
-    """As a user opens it."""
+    from onnxruntime import SessionOptions
     from optimum.onnxruntime import ORTModelForCausalLM
 
-    return ORTModelForCausalLM.from_pretrained(folder)
+    options = SessionOptions()
+    options.intra_op_num_threads = 1  # more would spin, and wait for each other and for torch's on a busy machine
+    return ORTModelForCausalLM.from_pretrained(folder, session_options=options)
 
 
 def open_runner(folder: Path) -> Any:
