@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
+from phi3edge.errors import CheckpointError
 from phi3edge.types import JSON, ModelSpec
 
 SAMPLING: dict[str, Any] = {
@@ -41,6 +43,9 @@ def genai_config(
         context: tokens that the KV cache holds.
         model: name of the ONNX file.
         generation_config: the checkpoint's, for its sampling settings.
+
+    Raises:
+        CheckpointError: a sampling setting of another kind than the runtime reads.
     """
     named = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
     decoder = {
@@ -76,7 +81,7 @@ def genai_config(
             "vocab_size": spec.vocab_size,
         },
         "search": {
-            **{key: default if (v := generation_config.get(key)) is None else v for key, default in SAMPLING.items()},
+            **{key: _setting(generation_config, key, default) for key, default in SAMPLING.items()},
             "max_length": context,
             "min_length": 0,
             "num_beams": 1,
@@ -84,6 +89,20 @@ def genai_config(
             "past_present_share_buffer": True,
         },
     }
+
+
+def _setting(generation_config: JSON, key: str, default: Any) -> Any:
+    """A sampling setting, of the kind of its default; the runtime refuses a whole folder for another kind."""
+    value = generation_config.get(key)
+    if value is None:
+        return default
+    kinds = (int, float) if isinstance(default, float) else (type(default),)
+    if type(value) not in kinds or not abs(value) < 3.4e38:
+        raise CheckpointError(
+            f"generation_config.json: {key} is {value!r:.60}; expected a value such as {json.dumps(default)}",
+            f"correct or remove {key} there",
+        )
+    return value
 
 
 def hub_config(spec: ModelSpec, config: JSON) -> JSON:

@@ -125,6 +125,7 @@ class Emitter:
             small = {MODEL: self._serialize(), CONFIG: _text(self._config()), **self._hub_files(), **self._tokenizer}
             files = [*data]
             for name, content in small.items():
+                _require_below(self._job.split_max_size, name, len(content))
                 file = stack.enter_context(PartialFile(folder / name))
                 file.write(content)
                 files.append(file)
@@ -273,11 +274,7 @@ class Emitter:
         placed = [section for section in sections if section.bytes >= ALIGNMENT]
         file = end = 0
         for section in placed:
-            if limit is not None and section.bytes > limit:
-                raise UsageError(
-                    f"{section.values[0].name} has {section.bytes} bytes, files hold {limit}",
-                    f"allow files of {section.bytes} bytes or more",
-                )
+            _require_below(limit, section.values[0].name or "", section.bytes)
             offset = -(-end // ALIGNMENT) * ALIGNMENT
             if limit is not None and offset + section.bytes > limit:
                 file, offset = file + 1, 0
@@ -332,6 +329,12 @@ class Emitter:
         if checkpoint.generation_config is not None:
             found["generation_config.json"] = checkpoint.generation_config
         return {name: _text(content) for name, content in found.items()}
+
+
+def _require_below(limit: int | None, name: str, size: int) -> None:
+    """Raises if something that is not split is larger than a file may be."""
+    if limit is not None and size > limit:
+        raise UsageError(f"{name} has {size} bytes, files hold {limit}", f"allow files of {size} bytes or more")
 
 
 def _counted(
