@@ -1,4 +1,4 @@
-"""Runs ONNX graphs of decoders in plain onnxruntime, without onnxruntime-genai; its answers are transformers' to match."""
+"""Runs ONNX graphs of decoders in plain onnxruntime, without onnxruntime-genai; transformers has the right answers."""
 
 import json
 from pathlib import Path
