@@ -85,6 +85,7 @@ class Emitter:
     Raises:
         UnsupportedError: a codec, a KV-cache type or a graph that the provider has no kernels for.
         UsageError: a tensor that is larger than `split_max_size`.
+        CheckpointError: a sampling setting that the runtime cannot read.
         MissingExtraError: a package that the builder needs is not installed.
     """
 
@@ -100,13 +101,14 @@ class Emitter:
         if job.runtime.kv_cache == "int8" and job.kv_scales is None:
             raise UnsupportedError("an int8 KV cache needs calibrated scales, and the job has none")
         self.requires = requires(job.plan, job.runtime.kv_cache)
-        self._tokenizer, self.notes = tokenizer_files(job.checkpoint.path, spec)
+        tokenizer, self.notes = tokenizer_files(job.checkpoint.path, spec)
         self._model, weights = build_graph(spec, self._provider, self._io)
         self._pieces = self._connect(weights)
         if job.runtime.kv_cache == "int8" and job.kv_scales is not None:
             quantize_kv_cache(self._model, job.kv_scales)
         self._tables = self._find_tables()
         self._files = self._place(job.split_max_size)
+        self._small = {CONFIG: _text(self._config()), **self._hub_files(), **tokenizer}
         if problems := check_graph(read_nodes(self._model), self._provider):
             raise UnsupportedError(f"provider {self._provider} cannot run this graph: {problems[0]}")
 
@@ -122,7 +124,7 @@ class Emitter:
                 self._write(self._pieces[expected.tensor.name], chunks, data)
             if (extra := next(tensors, None)) is not None:
                 raise RuntimeError(f"expected no tensor after the plan's last, got {extra[0].tensor.name!r}")
-            small = {MODEL: self._serialize(), CONFIG: _text(self._config()), **self._hub_files(), **self._tokenizer}
+            small = {MODEL: self._serialize(), **self._small}
             files = [*data]
             for name, content in small.items():
                 _require_below(self._job.split_max_size, name, len(content))
@@ -368,8 +370,8 @@ def _finish(section: _Section, whole: np.ndarray, data: list[PartialFile]) -> No
         _pad(data[section.file], section.offset)
         data[section.file].write(whole)
         return
-    for value in section.values:
-        value.const_value = ir.Tensor(whole, name=value.name)
+    for value in section.values:  # a tied embedding's codes have other dimensions for the head
+        value.const_value = ir.Tensor(whole.reshape(value.shape.numpy()), name=value.name)
 
 
 def _pad(file: PartialFile, offset: int) -> None:
