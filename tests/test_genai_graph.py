@@ -2,7 +2,7 @@
 
 import re
 import socket
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import onnx
@@ -106,6 +106,14 @@ def test_another_version_is_refused_with_what_to_install(spec, monkeypatch):
     with pytest.raises(UnsupportedError, match=r"0\.19\.1 is installed") as caught:
         build_graph(spec, "cpu", "float32")
     assert "onnxruntime-genai==0.18" in str(caught.value.hint)
+
+
+def test_the_pinned_version_is_the_one_that_is_driven():
+    major, minor = _genai_graph.SUPPORTED
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    [pin] = set(re.findall(r'"onnxruntime-genai(.*?)"', project))
+    assert pin == f">={major}.{minor},<{major}.{minor + 1}"
+    assert version("onnxruntime-genai").startswith(f"{major}.{minor}.")
 
 
 def test_a_missing_package_names_the_extra(spec, monkeypatch):
