@@ -166,3 +166,13 @@ def test_a_model_without_a_window_looks_back_at_everything(tmp_path):
     model, _ = build_graph(prepare(str(checkpoint), "cpu", format_="onnx").plan.model, "cpu", "float32")
     [attention] = [n for n in model.graph if n.op_type == "GroupQueryAttention"]
     assert attention.attributes["local_window_size"].value == -1
+
+
+def test_no_weight_is_made_up_for_the_builder(spec, monkeypatch):
+    import torch
+
+    fill = torch.nn.Linear.reset_parameters
+    for name in ("uniform_", "normal_"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *_, **__: self if self.is_meta else pytest.fail("filled"))
+    build_graph(spec, "cpu", "float32")
+    assert torch.nn.Linear.reset_parameters is fill

@@ -88,7 +88,7 @@ def build_graph(spec: ModelSpec, provider: str, io_dtype: str) -> tuple[ir.Model
 
     dtype = ir.DataType.FLOAT if io_dtype == "float32" else ir.DataType.FLOAT16
     options = {"windowed_kv_cache": False, "fuse_mlp_gate_up": True}
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), _linears_left_empty(torch):
         builder = Builder(config, dtype, dtype, provider, "", options)
         builder.make_model("")
     model = builder.model
@@ -129,6 +129,17 @@ def _later_classes(transformers: Any) -> Iterator[None]:
     finally:
         for name in missing:
             delattr(transformers, name)
+
+
+@contextlib.contextmanager
+def _linears_left_empty(torch: Any) -> Iterator[None]:
+    """Spares the random numbers of linears that the builder makes only to put parts of fused weights in their place."""
+    fill = torch.nn.Linear.reset_parameters
+    torch.nn.Linear.reset_parameters = lambda _: None
+    try:
+        yield
+    finally:
+        torch.nn.Linear.reset_parameters = fill
 
 
 def _config(spec: ModelSpec, transformers: Any) -> Any:
