@@ -175,6 +175,23 @@ class Quantized:
 
 
 @dataclass(frozen=True, slots=True)
+class Statistics:
+    """What one linear's inputs x were on the calibration text, as means over its tokens.
+
+    Attributes:
+        tokens: how many there were.
+        squares: mean of x**2, float32, shape (columns,): what llama.cpp's importance matrix holds.
+        absolute: mean of |x|, float32, shape (columns,); None where only squares are known.
+        moments: mean of x x^T, float32, shape (columns, columns); None where only squares are known.
+    """
+
+    tokens: int
+    squares: np.ndarray
+    absolute: np.ndarray | None = None
+    moments: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class KVScales:
     """Steps of an 8-bit KV cache: a key or value is code * scale, codes in [-128, 127].
 

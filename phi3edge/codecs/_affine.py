@@ -74,6 +74,12 @@ class AffineCodec:
         """Formats it can be written in."""
         return ("onnx",)
 
+    @property
+    def LEVELS(self) -> range:
+        """What a code counts in steps: from 0, or from below it where the grid is symmetric about 0."""
+        half = 2 ** (self.bits - 1)
+        return range(-half, half) if self.signed else range(2 * half)
+
     def sections(self, columns: int) -> tuple[int, int, int]:
         """Bytes of a row's codes, scales and zero points."""
         blocks = columns // self.BLOCK_SIZE

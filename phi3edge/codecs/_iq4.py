@@ -10,9 +10,9 @@ from phi3edge.codecs._blocks import column_weights, whole_blocks
 from phi3edge.codecs._bytes import get_floats, get_nibbles, put_floats, put_nibbles
 from phi3edge.codecs._half import from_half, to_half
 from phi3edge.codecs._lanes import BLOCK, LANES, keep_best, load, reciprocal
+from phi3edge.codecs.iq4_nl import LEVELS as VALUES
 from phi3edge.types import Quantized
 
-VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 SUPER = 8  # blocks of a super-block
 _TABLE = np.array(VALUES, np.float32)
 _FIRST = np.float32(VALUES[0])

@@ -1,7 +1,7 @@
 """IQ4_NL: blocks of 32 weights, 4-bit codes into 16 uneven values, one scale.
 
 Block, 18 bytes: float16 scale; 16 bytes, byte j = code j | code j + 16 << 4.
-Weight: scale * VALUES[code], VALUES in _iq4.py. ggml's block_iq4_nl.
+Weight: scale * LEVELS[code]. ggml's block_iq4_nl.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ BLOCK_SIZE = 32
 BLOCK_BYTES = 18
 GGML_TYPE = 20
 FORMATS = ("gguf",)
+LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
 def quantize(weight: np.ndarray, importance: np.ndarray | None = None) -> Quantized:

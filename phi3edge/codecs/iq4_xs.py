@@ -3,13 +3,14 @@
 Super-block, 136 bytes: float16 super-scale; 16 bits, bits 2b and 2b + 1 = the upper 2 bits of block b's scale;
 4 bytes, byte i = the lower 4 bits of the scales of blocks 2i and, << 4, 2i + 1; then 16 bytes for each block, byte j =
 code j | code j + 16 << 4. Scales are stored plus 32.
-Weight: super_scale * scale * VALUES[code], scale in [-32, 31], VALUES in _iq4.py. ggml's block_iq4_xs.
+Weight: super_scale * scale * LEVELS[code], scale in [-32, 31]; the levels are those of iq4_nl.py. ggml's block_iq4_xs.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from phi3edge.codecs.iq4_nl import LEVELS as LEVELS
 from phi3edge.types import Quantized
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ BLOCK_SIZE = 256
 BLOCK_BYTES = 110
 GGML_TYPE = 11
 FORMATS = ("gguf",)
+LEVELS = range(-4, 4)
 
 # Codes that the weight of largest magnitude is mapped to: the first guesses for the scale of a sub-block.
 _PEAKS = (-5.5, -4.7, -4.3, -3.9, -3.2, -2.9, 4.1, 4.7)

@@ -19,6 +19,7 @@ BLOCK_SIZE = 32
 BLOCK_BYTES = 20
 GGML_TYPE = 3
 FORMATS = ("gguf",)
+LEVELS = range(16)
 
 
 def quantize(weight: np.ndarray, importance: np.ndarray | None = None) -> Quantized:
@@ -33,7 +34,7 @@ def quantize(weight: np.ndarray, importance: np.ndarray | None = None) -> Quanti
     """
     from phi3edge.codecs import _linear
 
-    return _linear.quantize_ranged(NAME, weight, importance, high=15)
+    return _linear.quantize_ranged(NAME, weight, importance, high=LEVELS[-1])
 
 
 def dequantize(q: Quantized) -> np.ndarray:

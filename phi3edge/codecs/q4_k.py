@@ -20,6 +20,7 @@ BLOCK_SIZE = 256
 BLOCK_BYTES = 144
 GGML_TYPE = 12
 FORMATS = ("gguf",)
+LEVELS = range(16)
 
 # Steps cut off at the top and at the bottom of a sub-block's range (negative: added): the first guesses for its scale.
 _CLIPS = (

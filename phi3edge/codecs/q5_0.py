@@ -20,6 +20,7 @@ BLOCK_SIZE = 32
 BLOCK_BYTES = 22
 GGML_TYPE = 6
 FORMATS = ("gguf",)
+LEVELS = range(-16, 16)
 
 
 def quantize(weight: np.ndarray, importance: np.ndarray | None = None) -> Quantized:
@@ -34,7 +35,7 @@ def quantize(weight: np.ndarray, importance: np.ndarray | None = None) -> Quanti
     """
     from phi3edge.codecs import _linear
 
-    return _linear.quantize_signed(NAME, weight, importance, low=-16, high=15)
+    return _linear.quantize_signed(NAME, weight, importance, low=LEVELS[0], high=LEVELS[-1])
 
 
 def dequantize(q: Quantized) -> np.ndarray:

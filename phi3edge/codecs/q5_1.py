@@ -20,6 +20,7 @@ BLOCK_SIZE = 32
 BLOCK_BYTES = 24
 GGML_TYPE = 7
 FORMATS = ("gguf",)
+LEVELS = range(32)
 
 
 def quantize(weight: np.ndarray, importance: np.ndarray | None = None) -> Quantized:
@@ -34,7 +35,7 @@ def quantize(weight: np.ndarray, importance: np.ndarray | None = None) -> Quanti
     """
     from phi3edge.codecs import _linear
 
-    return _linear.quantize_ranged(NAME, weight, importance, high=31)
+    return _linear.quantize_ranged(NAME, weight, importance, high=LEVELS[-1])
 
 
 def dequantize(q: Quantized) -> np.ndarray:

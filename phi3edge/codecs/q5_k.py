@@ -21,6 +21,7 @@ BLOCK_SIZE = 256
 BLOCK_BYTES = 176
 GGML_TYPE = 13
 FORMATS = ("gguf",)
+LEVELS = range(32)
 
 # Steps cut off at the top and at the bottom of a sub-block's range (negative: added): the first guesses for its scale.
 _CLIPS = (

@@ -21,6 +21,7 @@ BLOCK_SIZE = 256
 BLOCK_BYTES = 210
 GGML_TYPE = 14
 FORMATS = ("gguf",)
+LEVELS = range(-32, 32)
 
 # Codes that the weight of largest magnitude is mapped to: the first guesses for the scale of a sub-block.
 _PEAKS = (-33.4, -32.8, -32.4, -32.0, -31.6, -31.0, -30.0, 29.0)

@@ -19,6 +19,7 @@ BLOCK_SIZE = 32
 BLOCK_BYTES = 34
 GGML_TYPE = 8
 FORMATS = ("gguf",)
+LEVELS = range(-127, 128)
 
 
 def quantize(weight: np.ndarray, importance: np.ndarray | None = None) -> Quantized:
@@ -33,7 +34,7 @@ def quantize(weight: np.ndarray, importance: np.ndarray | None = None) -> Quanti
     """
     from phi3edge.codecs import _linear
 
-    return _linear.quantize_signed(NAME, weight, importance, low=-127, high=127)
+    return _linear.quantize_signed(NAME, weight, importance, low=LEVELS[0], high=LEVELS[-1])
 
 
 def dequantize(q: Quantized) -> np.ndarray:

@@ -1,0 +1,119 @@
+"""The float model in torch, one decoder block at a time: what calibration watches and what rounding is held against.
+
+A block is four linears with something simple between them, so that a caller may stop at each and put another weight
+in its place:
+
+    x = norm(h, attn_norm);  attn_qkv;     x = attend(.);  attn_output;  h = h + .
+    x = norm(h, ffn_norm);   ffn_gate_up;  x = gate(.);    ffn_down;     h = h + .
+
+Source: the Phi-3 modeling code of Microsoft's checkpoints; transformers computes the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
+
+from phi3edge.types import ModelSpec
+
+if TYPE_CHECKING:
+    from phi3edge.checkpoint import Checkpoint
+
+LINEARS = ("attn_qkv", "attn_output", "ffn_gate_up", "ffn_down")
+"""The linears of a block, in the order in which they compute."""
+
+Weights = Mapping[str, Tensor]
+"""Role to weight, float32, of one block."""
+
+Observe = Callable[[str, Tensor], None]
+"""observe(role, x) sees the input of each linear, shape (sequences, tokens, columns)."""
+
+
+class Decoder:
+    """What is computed between the linears of a model."""
+
+    def __init__(self, spec: ModelSpec, device: str | torch.device = "cpu") -> None:
+        """Rotary tables for the model's context.
+
+        Args:
+            spec: the model.
+            device: where everything is computed.
+        """
+        self.spec = spec
+        self.device = torch.device(device)
+        exponents = torch.arange(0, spec.rope.dim, 2, dtype=torch.float32) / spec.rope.dim
+        angles = torch.outer(torch.arange(spec.context_length, dtype=torch.float32), spec.rope.theta**-exponents)
+        self._cos = torch.cat([angles, angles], -1).cos().to(self.device)
+        self._sin = torch.cat([angles, angles], -1).sin().to(self.device)
+
+    def norm(self, h: Tensor, gain: Tensor) -> Tensor:
+        """RMSNorm over the last axis."""
+        return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.spec.norm_eps) * gain
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Causal attention of whole sequences: from the fused queries, keys and values to the input of attn_output.
+
+        Args:
+            qkv: shape (sequences, tokens, (heads + 2 * KV heads) * head size), positions from 0.
+
+        Returns:
+            Shape (sequences, tokens, heads * head size).
+        """
+        spec = self.spec
+        sequences, tokens, _ = qkv.shape
+        parts = qkv.split([n * spec.head_dim for n in (spec.heads, spec.kv_heads, spec.kv_heads)], -1)
+        q, k, v = (part.view(sequences, tokens, -1, spec.head_dim).transpose(1, 2) for part in parts)
+        q, k = self._rotate(q), self._rotate(k)
+        k, v = (x.repeat_interleave(spec.heads // spec.kv_heads, 1) for x in (k, v))
+        mixed = scaled_dot_product_attention(q, k, v, **self._mask(tokens))
+        return mixed.transpose(1, 2).reshape(sequences, tokens, -1)
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        """Rotary embedding of the leading channels; shape (sequences, heads, tokens, head size)."""
+        tokens, dim = x.shape[2], self.spec.rope.dim
+        turned, rest = x[..., :dim], x[..., dim:]
+        first, second = turned.chunk(2, -1)
+        swapped = torch.cat([-second, first], -1)
+        return torch.cat([turned * self._cos[:tokens] + swapped * self._sin[:tokens], rest], -1)
+
+    def _mask(self, tokens: int) -> dict[str, bool | Tensor]:
+        window = self.spec.sliding_window
+        if window is None or tokens <= window:
+            return {"is_causal": True}
+        positions = torch.arange(tokens, device=self.device)
+        back = positions[:, None] - positions
+        return {"attn_mask": (back >= 0) & (back < window)}
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """SwiGLU: from the fused gate and up to the input of ffn_down."""
+        gate, up = gate_up.chunk(2, -1)
+        return silu(gate) * up
+
+    def block(self, h: Tensor, weights: Weights, observe: Observe = lambda role, x: None) -> Tensor:
+        """A whole decoder block: hidden states in and out, shape (sequences, tokens, hidden)."""
+        observe("attn_qkv", x := self.norm(h, weights["attn_norm"]))
+        observe("attn_output", x := self.attend(linear(x, weights["attn_qkv"])))
+        h = h + linear(x, weights["attn_output"])
+        observe("ffn_gate_up", x := self.norm(h, weights["ffn_norm"]))
+        observe("ffn_down", x := self.gate(linear(x, weights["ffn_gate_up"])))
+        return h + linear(x, weights["ffn_down"])
+
+
+def load_block(checkpoint: Checkpoint, spec: ModelSpec, layer: int, device: str | torch.device = "cpu") -> Weights:
+    """All weights of one decoder block, float32."""
+    return {t.role: _read(checkpoint, t.name, device) for t in spec.tensors if t.layer == layer}
+
+
+def load_outer(checkpoint: Checkpoint, spec: ModelSpec, role: str, device: str | torch.device = "cpu") -> Tensor:
+    """A weight outside the blocks, float32: "embedding", "output_norm" or "head" (a tied one is the embedding)."""
+    wanted = "embedding" if role == "head" and spec.tied else role
+    [name] = [t.name for t in spec.tensors if t.role == wanted]
+    return _read(checkpoint, name, device)
+
+
+def _read(checkpoint: Checkpoint, name: str, device: str | torch.device) -> Tensor:
+    return torch.from_numpy(checkpoint.read(name)).to(device)
