@@ -35,7 +35,7 @@ from phi3edge.units import size
 CACHE_BYTES = 4 * 10**9
 """What kept passes may take on disk; the oldest go first. The newest stays whatever its size."""
 
-_FORMAT = "1"  # of the kept files
+_FORMAT = "2"  # of the kept files
 _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of each weight file, evenly spaced, to tell one model's from another's
 
 
@@ -228,15 +228,22 @@ def _greedy(model: Any, prompt: list[int], max_tokens: int, stop: Iterable[int])
 
 
 def _key(checkpoint: Path, ids: np.ndarray, prompts: list[list[int]], greedy_tokens: int) -> str:
-    """Names a pass by all that it depends on; weights by their files' headers, sizes, times of change and samples.
-
-    Times alone are not enough: archives and image layers set them all alike, and fine-tunes share headers and sizes.
-    """
+    """Names a pass by all that it depends on."""
     digest = hashlib.sha256()
     for part in (_FORMAT, _transformers().__version__, ids.shape, prompts, greedy_tokens, eos_ids(checkpoint)):
         digest.update(repr(part).encode() + b"\0")
     digest.update(ids.tobytes())
-    digest.update((checkpoint / "config.json").read_bytes())
+    digest.update(fingerprint(checkpoint).encode())
+    return digest.hexdigest()[:32]
+
+
+def fingerprint(checkpoint: Path) -> str:
+    """Tells a checkpoint's function from another's: config.json, and the weight files' headers, sizes and samples.
+
+    Times of change count too, but alone they are not enough: archives and image layers set them all alike, and
+    fine-tunes share headers and sizes.
+    """
+    digest = hashlib.sha256((checkpoint / "config.json").read_bytes())
     for shard in sorted(checkpoint.glob("*.safetensors")):
         status = shard.stat()
         digest.update(f"{shard.name} {status.st_size} {status.st_mtime_ns}".encode())
@@ -246,7 +253,7 @@ def _key(checkpoint: Path, ids: np.ndarray, prompts: list[list[int]], greedy_tok
             for at in range(0, status.st_size, max(status.st_size // _SAMPLES, _SAMPLE_BYTES)):
                 file.seek(at)
                 digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:32]
+    return digest.hexdigest()
 
 
 def _prune(root: Path, newest: Path) -> None:
