@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from phi3edge.emitters.gguf import tensor_name
 from phi3edge.gguf_file import ggml_types, read_header
+from phi3edge.gguf_names import tensor_name
 from phi3edge.plan import make_plan
 from phi3edge.recipes import load_recipe
 from phi3edge.sources import resolve, resolve_spec

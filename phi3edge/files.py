@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from phi3edge.errors import OutputError
 
@@ -34,11 +35,22 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OutputError: the disk is full, or the folder cannot be written.
     """
+    with new_file(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file, open for writing, that appears under its name when the block ends well, and is gone if it does not.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written.
+    """
     partial = _beside(path, "partial")
     with _cannot_write(path):
         try:
-            with partial.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
+            with partial.open("wb") as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
@@ -80,24 +92,25 @@ def new_folder(folder: Path, check: Callable[[], None]) -> Iterator[Path]:
         check()
         with _cannot_write(folder):
             sync_folder(partial)
-            _take_place(partial, place)
-            sync_folder(place.parent)
+            take_place(partial, place)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _take_place(partial: Path, place: Path) -> None:
+def take_place(partial: Path, place: Path) -> None:
+    """Give a finished folder its name; what had that name is kept until then, and comes back if it fails."""
     if not place.exists():
         partial.rename(place)
-        return
-    aside = _beside(place, "replaced")
-    place.rename(aside)
-    try:
-        partial.rename(place)
-    except BaseException:
-        aside.rename(place)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    else:
+        aside = _beside(place, "replaced")
+        place.rename(aside)
+        try:
+            partial.rename(place)
+        except BaseException:
+            aside.rename(place)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    sync_folder(place.parent)
 
 
 def _beside(path: Path, what: str) -> Path:

@@ -1,17 +1,23 @@
-"""The header of a safetensors file, read strictly.
+"""The header of a safetensors file, read strictly; and a writer of float32 tensors.
 
 Layout (the format's own description): 8 bytes little endian with the header's length, the header as one JSON object,
 then the data. Each entry is `name: {dtype, shape, data_offsets: [begin, end]}` with offsets from the start of the data;
 `__metadata__` maps strings to strings. Entries cover the data exactly: no gap, no overlap, nothing left over.
 """
 
+from __future__ import annotations
+
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from phi3edge.errors import CheckpointError
 from phi3edge.types import JSON
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_SIZE = 2**63
@@ -161,3 +167,16 @@ def _check_cover(entries: dict[str, TensorEntry], name: str, data_start: int, fi
         position += entry.nbytes
     if position != file_size:
         raise CheckpointError(f"{name}: tensors end at byte {position}, the file has {file_size}", HINT)
+
+
+def write(file: BinaryIO, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a whole safetensors file of float32 tensors; their data starts at a multiple of 8 bytes."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        file.write(tensor.astype("<f4", order="C", copy=False).data)

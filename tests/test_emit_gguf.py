@@ -20,6 +20,7 @@ from phi3edge.emitters import WrittenFile, gguf
 from phi3edge.errors import CheckpointError, OutputError, UnsupportedError, UsageError
 from phi3edge.families import phi3
 from phi3edge.gguf_file import ValueType, read_header
+from phi3edge.gguf_names import tensor_name
 from phi3edge.tokenizer import Vocabulary, load_tokenizer
 from phi3edge.types import ModelSpec, QuantPlan, Source, TensorPlan
 
@@ -101,10 +102,10 @@ def test_gguf_py_reads_every_tensor(vocabulary: Vocabulary, tmp_path: Path, shap
     content = written.path.read_bytes()
     assert (written.bytes, written.sha256) == (len(content), hashlib.sha256(content).hexdigest())
     read = {t.name: t for t in reader_of(written.path).tensors}
-    assert list(read) == [gguf.tensor_name(t.tensor) for t in plan.tensors]
+    assert list(read) == [tensor_name(t.tensor) for t in plan.tensors]
     assert ("output.weight" in read) is not shape.tied
     for tensor in plan.tensors:
-        got = read[gguf.tensor_name(tensor.tensor)]
+        got = read[tensor_name(tensor.tensor)]
         assert tuple(got.shape) == tensor.tensor.shape[::-1]
         assert np.array_equal(np.asarray(got.data).reshape(tensor.tensor.shape), weights(tensor))
 

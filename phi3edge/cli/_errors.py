@@ -39,7 +39,7 @@ def guard(command: Callable[[], object]) -> int:
         stderr.print("[bold red]This is a bug in phi3edge.[/bold red] Please report it with the lines above.")
         return BUG
     if code in (INTERRUPTED, TERMINATED):
-        stderr.print("interrupted; nothing half-written was left behind")
+        stderr.print("interrupted; no half-written result was left behind")
     return code if isinstance(code, int) else 0
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from phi3edge import __version__
-from phi3edge.cli import doctor, export, inspect, listings, plan, pull, validate, verify
+from phi3edge.cli import calibrate, doctor, export, inspect, listings, plan, pull, validate, verify
 from phi3edge.cli._errors import guard, leave_on_signals
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 
 app.command("export")(export.export)
 app.command("validate")(validate.validate)
+app.command("calibrate")(calibrate.calibrate)
 app.command("plan")(plan.plan)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)

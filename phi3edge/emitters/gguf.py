@@ -27,23 +27,13 @@ from phi3edge.emitters import Job, Stream, WrittenFile
 from phi3edge.emitters._partial_file import PartialFile, next_tensor
 from phi3edge.errors import CheckpointError, UnsupportedError, UsageError
 from phi3edge.gguf_file import DEFAULT_ALIGNMENT, ValueType, write_header
+from phi3edge.gguf_names import tensor_name
 from phi3edge.tokenizer import AddedToken, Vocabulary, load_tokenizer
-from phi3edge.types import JSON, ModelSpec, QuantPlan, Source, TensorPlan, TensorSpec
+from phi3edge.types import JSON, ModelSpec, QuantPlan, Source, TensorPlan
 
 ARCHITECTURE = "phi3"
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION: the layout of the blocks
 
-TENSOR_NAMES = {
-    "embedding": "token_embd.weight",
-    "attn_norm": "blk.{layer}.attn_norm.weight",
-    "attn_qkv": "blk.{layer}.attn_qkv.weight",
-    "attn_output": "blk.{layer}.attn_output.weight",
-    "ffn_norm": "blk.{layer}.ffn_norm.weight",
-    "ffn_gate_up": "blk.{layer}.ffn_up.weight",
-    "ffn_down": "blk.{layer}.ffn_down.weight",
-    "output_norm": "output_norm.weight",
-    "head": "output.weight",
-}
 SPECIAL_KEYS = {"unk": "unknown", "sep": "seperator", "pad": "padding"}  # the second one is GGUF's spelling
 
 RULE_NAMES = re.compile("(phi)-?3", re.IGNORECASE)
@@ -181,11 +171,6 @@ def write(
         for file in reversed(files):
             file.publish()
     return [WrittenFile(file.path, file.bytes, file.sha256) for file in files]
-
-
-def tensor_name(tensor: TensorSpec) -> str:
-    """The name of a tensor in the file."""
-    return TENSOR_NAMES[tensor.role].format(layer=tensor.layer)
 
 
 def metadata(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from phi3edge.types import Quantized
+from phi3edge.types import Quantized, Statistics
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-def quantize(weight: np.ndarray, codec: ModuleType, importance: np.ndarray | None = None) -> Quantized:
-    """Cast rows of a weight, float32 of shape (rows, columns); every weight by itself, so importance has no part."""
+def quantize(weight: np.ndarray, codec: ModuleType, statistics: Statistics | None = None) -> Quantized:
+    """Cast rows of a weight, float32 of shape (rows, columns); every weight by itself, so statistics have no part."""
     return codec.quantize(weight)

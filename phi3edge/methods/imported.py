@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from phi3edge.codecs import codec as codec_of
 from phi3edge.errors import UnsupportedError
 from phi3edge.prequantized import dequantize
-from phi3edge.types import Quantized
+from phi3edge.types import Quantized, Statistics
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
 
 
-def quantize(weight: Quantized, codec: ModuleType, importance: np.ndarray | None = None) -> Quantized:
+def quantize(weight: Quantized, codec: ModuleType, statistics: Statistics | None = None) -> Quantized:
     """Hand over rows that are codes, scales and zero points; see phi3edge.checkpoint.Checkpoint.codes.
 
     A codec of the same grid takes them as they are, one with a fixed zero point takes code minus zero point; smaller

@@ -5,18 +5,19 @@ from __future__ import annotations
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from phi3edge.types import Quantized
+from phi3edge.types import Quantized, Statistics
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-def quantize(weight: np.ndarray, codec: ModuleType, importance: np.ndarray | None = None) -> Quantized:
+def quantize(weight: np.ndarray, codec: ModuleType, statistics: Statistics | None = None) -> Quantized:
     """Round rows of a weight.
 
     Args:
         weight: float32, shape (rows, columns).
         codec: a module of phi3edge.codecs.
-        importance: float32, shape (columns,): the weight of each column's squared error; None: the codec's default.
+        statistics: of the linear's inputs: their mean squares weigh each column's squared error, which makes that the
+            error of the linear's output if its inputs are uncorrelated; None: the codec's default weights.
     """
-    return codec.quantize(weight, importance)
+    return codec.quantize(weight, None if statistics is None else statistics.squares)
