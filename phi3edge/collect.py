@@ -28,9 +28,9 @@ from phi3edge.progress import Advance, Stages, reporting, silent
 from phi3edge.reference import fingerprint
 from phi3edge.sources import resolve
 from phi3edge.statistics import (
+    IDS_NAME,
     IMATRIX_NAME,
     NAME,
-    Calibration,
     SavedStatistics,
     block_file,
     check,
@@ -57,13 +57,13 @@ STATE = "state.json"
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """A finished folder of statistics, what is in it, and the text."""
+    """A finished folder of statistics, what is in it, and what should be known about it."""
 
     folder: Path
     model: str
     statistics: SavedStatistics
-    calibration: Calibration
     moments: bool
+    notes: list[str]
 
 
 def calibrate(
@@ -82,7 +82,7 @@ def calibrate(
 
     Args:
         name: "org/name[@revision]", a local folder, or "demo".
-        calibration: the text; see phi3edge.calibration.
+        calibration: the text; see `phi3edge.calibration.calibration_text`.
         sequences: how many sequences of it.
         tokens: tokens of each.
         moments: whether to keep second moments: 4 * columns**2 bytes for each linear.
@@ -110,12 +110,12 @@ def calibrate(
         text = calibration_text(calibration, source.path, spec, sequences, tokens, device=device, stages=stages)
         work = work_folder(folder)
         collect(source, spec, text.ids, work, moments, device, stages)
-        used = Calibration(text.name, text.sha256, *text.ids.shape)
-        statistics = finish_folder(work, spec, used, moments)
+        statistics = finish_folder(work, spec, text.name, text.ids, moments)
         (work / STATE).unlink()
         _require_free(folder, spec, force)
         take_place(work, folder)
-    return Collected(out or folder, spec.name, statistics, used, moments)
+    notes = [text.note] if text.note else []
+    return Collected(out or folder, spec.name, statistics, moments, notes + statistics.notes)
 
 
 def work_folder(folder: Path) -> Path:
@@ -151,7 +151,7 @@ def _require_free(folder: Path, spec: ModelSpec, force: bool) -> None:
     if not folder.is_dir() or not (folder / NAME).is_file():
         raise OutputError(f"{folder} is no folder of statistics; it is never replaced", "choose another --out")
     layers = read_document(folder).model.get("layers", 0)
-    ours = {NAME, IMATRIX_NAME, block_file(None), *map(block_file, range(layers))}
+    ours = {NAME, IDS_NAME, IMATRIX_NAME, block_file(None), *map(block_file, range(layers))}
     if strange := sorted({path.name for path in folder.iterdir()} - ours):
         raise OutputError(f"{folder} holds {strange[0]}, which is not of its statistics", "choose another --out")
     if not force:

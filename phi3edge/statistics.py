@@ -1,8 +1,8 @@
 """Statistics of a model's linears that are kept to be used again, and what makes any statistics fit to use.
 
-A folder holds statistics.json (which model, which text), one safetensors file for each decoder block and one for the
-head, with tensors `<linear>.squares`, `.absolute` and, if wanted, `.moments`; and the squares once more as
-imatrix.gguf, for llama.cpp. An imatrix.gguf that llama.cpp made does as well as a folder.
+A folder holds statistics.json (which model, which text), ids.npy (that text's tokens), one safetensors file for each
+decoder block and one for the head, with tensors `<linear>.squares`, `.absolute` and, if wanted, `.moments`; and the
+squares once more as imatrix.gguf, for llama.cpp. An imatrix.gguf that llama.cpp made does as well as a folder.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from phi3edge.imatrix import linears, read_imatrix, write_imatrix
 from phi3edge.safetensors_file import TensorEntry, read_header, write
 from phi3edge.types import JSON, ModelSpec, Statistics, TensorSpec
 
-NAME, IMATRIX_NAME = "statistics.json", "imatrix.gguf"
+NAME, IDS_NAME, IMATRIX_NAME = "statistics.json", "ids.npy", "imatrix.gguf"
+MAKE_AGAIN = "phi3edge calibrate makes the folder again"
 SCHEMA = 1
 PARTS = ("squares", "absolute", "moments")
 CLOSE = 1e-3
@@ -42,27 +43,30 @@ class Calibration:
 
     Attributes:
         name: for people; no path.
-        sha256: of the text, or None where nobody wrote it down.
+        ids: its token ids, int64, shape (sequences, tokens); None where nobody kept them.
     """
 
     name: str
-    sha256: str | None
-    sequences: int
-    tokens_per_sequence: int
+    ids: np.ndarray | None = None
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the ids, row by row, as little-endian int32."""
+        return None if self.ids is None else hashlib.sha256(self.ids.astype("<i4").tobytes()).hexdigest()
 
 
 class SavedStatistics(Mapping[str, Statistics]):
     """Statistics by tensor name, checked. A matrix of moments is mapped, not read, each time one asks for its linear.
 
     Attributes:
-        calibration: the name of the text, and its hash where it is known.
+        calibration: the text that they are of.
         notes: one line for everything that was mended or is not there; for the report.
     """
 
     def __init__(
         self,
         held: dict[str, Statistics],
-        calibration: tuple[str, str | None],
+        calibration: Calibration,
         notes: list[str],
         places: Mapping[str, tuple[Path, TensorEntry]] | None = None,
     ) -> None:
@@ -107,7 +111,7 @@ def load_statistics(path: Path, spec: ModelSpec, moments: bool = False) -> Saved
         )
     file = read_imatrix(path, spec)
     texts = [PureWindowsPath(name).name for name in file.datasets]  # its makers write paths, of either kind
-    return _checked(file.statistics, spec, (", ".join(texts) or path.name, None), path.name)
+    return _checked(file.statistics, spec, Calibration(", ".join(texts) or path.name), path.name)
 
 
 def _load_folder(folder: Path, spec: ModelSpec, moments: bool) -> SavedStatistics:
@@ -130,14 +134,16 @@ def _load_folder(folder: Path, spec: ModelSpec, moments: bool) -> SavedStatistic
             held[t.name] = Statistics(document.tokens, squares, absolute)
             if moments:
                 places[t.name] = (folder / file_name, found["moments"])
-    calibration = (document.calibration.name, document.calibration.sha256)
+    calibration = Calibration(document.calibration.name, _read_ids(folder))
+    if calibration.sha256 != document.calibration.sha256:
+        raise CheckpointError(f"{folder / IDS_NAME} is not what {NAME} says: sha256 {calibration.sha256}", MAKE_AGAIN)
     return _checked(held, spec, calibration, str(folder), places)
 
 
 def _checked(
     held: dict[str, Statistics],
     spec: ModelSpec,
-    calibration: tuple[str, str | None],
+    calibration: Calibration,
     where: str,
     places: Mapping[str, tuple[Path, TensorEntry]] | None = None,
 ) -> SavedStatistics:
@@ -261,14 +267,30 @@ def write_block(path: Path, statistics: Mapping[str, Statistics]) -> None:
         )
 
 
-def finish_folder(folder: Path, spec: ModelSpec, calibration: Calibration, moments: bool) -> SavedStatistics:
-    """Write statistics.json and imatrix.gguf beside the blocks that are there, and read all of it as a user would."""
+def finish_folder(folder: Path, spec: ModelSpec, name: str, ids: np.ndarray, moments: bool) -> SavedStatistics:
+    """Write what a folder has beside its blocks, and read all of it as a user would.
+
+    Args:
+        folder: holds the blocks' files.
+        spec: the model.
+        name: of the calibration text.
+        ids: its token ids, int64, shape (sequences, tokens).
+        moments: whether the blocks' files have second moments.
+    """
+    sequences, tokens = ids.shape
+    with new_file(folder / IDS_NAME) as file:
+        np.save(file, ids.astype("<i4"))
     document = {
         "schema": SCHEMA,
         "name": spec.name,
         "model": identity(spec),
-        "calibration": asdict(calibration),
-        "tokens": calibration.sequences * calibration.tokens_per_sequence,
+        "calibration": {
+            "name": name,
+            "sha256": Calibration(name, ids).sha256,
+            "sequences": sequences,
+            "tokens_per_sequence": tokens,
+        },
+        "tokens": sequences * tokens,
         "moments": moments,
         "versions": {
             "phi3edge": __version__,
@@ -280,7 +302,7 @@ def finish_folder(folder: Path, spec: ModelSpec, calibration: Calibration, momen
     write_text(folder / NAME, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     found = load_statistics(folder, spec)
     with new_file(folder / IMATRIX_NAME) as file:
-        write_imatrix(file, spec, found, calibration.name, calibration.sequences, calibration.tokens_per_sequence)
+        write_imatrix(file, spec, found, name, sequences, tokens)
     return found
 
 
@@ -300,9 +322,7 @@ def _first_difference(there: JSON, here: JSON) -> str | None:
 
 class _Calibration(BaseModel):
     name: str
-    sha256: str | None
-    sequences: int = Field(gt=0)
-    tokens_per_sequence: int = Field(gt=0)
+    sha256: str
 
 
 class Document(BaseModel):
@@ -335,12 +355,24 @@ def read_document(folder: Path) -> Document:
         raise UsageError(f"{path} is not what phi3edge calibrate writes: {where}: {first['msg']}") from None
 
 
+def _read_ids(folder: Path) -> np.ndarray:
+    try:
+        ids = np.load(folder / IDS_NAME)
+    except FileNotFoundError:
+        raise UsageError(f"{folder} has no {IDS_NAME}", MAKE_AGAIN) from None
+    except (ValueError, EOFError) as error:
+        raise CheckpointError(f"{folder / IDS_NAME} cannot be read: {error}", MAKE_AGAIN) from None
+    if ids.ndim != 2 or ids.dtype != np.int32:
+        raise CheckpointError(f"{folder / IDS_NAME} holds {ids.dtype} of shape {ids.shape}", MAKE_AGAIN)
+    return ids.astype(np.int64)
+
+
 def _entries(path: Path) -> dict[str, TensorEntry]:
     try:
         with path.open("rb") as file:
             return read_header(file, path.name)
     except FileNotFoundError:
-        raise UsageError(f"{path.parent} has no {path.name}", "phi3edge calibrate makes the folder again") from None
+        raise UsageError(f"{path.parent} has no {path.name}", MAKE_AGAIN) from None
 
 
 def _entry(entries: Mapping[str, TensorEntry], file_name: str, tensor: TensorSpec, part: str) -> TensorEntry:
@@ -348,7 +380,7 @@ def _entry(entries: Mapping[str, TensorEntry], file_name: str, tensor: TensorSpe
     shape = (columns, columns) if part == "moments" else (columns,)
     entry = entries.get(name)
     if entry is None:
-        raise CheckpointError(f"{file_name} lacks {name!r}", "phi3edge calibrate makes the folder again")
+        raise CheckpointError(f"{file_name} lacks {name!r}", MAKE_AGAIN)
     if entry.shape != shape or entry.dtype != "F32":
         raise CheckpointError(f"{file_name}: {name!r} is {entry.dtype} of shape {entry.shape}; expected F32 {shape}")
     return entry

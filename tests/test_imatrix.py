@@ -74,7 +74,7 @@ def test_the_head_may_be_missing_and_that_is_noted(tmp_path: Path) -> None:
         found = load_statistics(path, model(shape))
         assert head not in found
         assert found.notes == [f"No statistics of {head}: it is rounded without."]
-        assert found.calibration == ("wiki.txt", None)
+        assert (found.calibration.name, found.calibration.sha256) == ("wiki.txt", None)
     with_head = arrays() | {
         "output.weight.in_sum2": np.ones((1, 256), np.float32),
         "output.weight.counts": np.array([[4]], np.float32),

@@ -14,6 +14,7 @@ import torch
 from _models import GROUPED, MHA, TIED, Shape, phi3_config, write_model
 from safetensors.numpy import load_file, save_file
 
+from phi3edge.calibration import CalibrationText
 from phi3edge.checkpoint import open_checkpoint
 from phi3edge.codecs import codec
 from phi3edge.collect import STATE, collect
@@ -22,11 +23,10 @@ from phi3edge.families import parse_config
 from phi3edge.methods import rtn
 from phi3edge.progress import Advance
 from phi3edge.reference import load_model
-from phi3edge.statistics import NAME, Calibration, check, finish_folder, load_statistics
+from phi3edge.statistics import NAME, check, finish_folder, load_statistics
 from phi3edge.types import ModelSpec, Statistics
 
 SEQUENCES, TOKENS = 40, 64  # more than one batch
-TEXT = Calibration("words", "0" * 64, SEQUENCES, TOKENS)
 QKV, DOWN = "model.layers.1.self_attn.qkv_proj.weight", "model.layers.1.mlp.down_proj.weight"
 
 
@@ -44,7 +44,7 @@ def run(model: Path, work: Path, ids: np.ndarray, moments: bool = True, **option
 def finished(model: Path, work: Path, moments: bool = True) -> ModelSpec:
     spec = run(model, work, some_ids(320), moments)
     (work / STATE).unlink()
-    finish_folder(work, spec, TEXT, moments)
+    finish_folder(work, spec, "words", some_ids(320), moments)
     return spec
 
 
@@ -84,7 +84,9 @@ def test_they_are_the_means_of_what_transformers_linears_see(tmp_path: Path, sha
         expected["model.embed_tokens.weight"] = expected.pop("lm_head.weight")
     found = load_statistics(tmp_path / "out", spec, moments=True)
     assert set(found) == set(expected)
-    assert found.calibration == ("words", "0" * 64)
+    text = CalibrationText(some_ids(320), "words")
+    assert (found.calibration.name, found.calibration.sha256) == ("words", text.sha256)
+    np.testing.assert_array_equal(found.calibration.ids, text.ids)
     assert not found.notes
     for name, x in expected.items():
         statistics = found[name]
@@ -215,6 +217,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda f: (f / NAME).write_text("{"), "not what phi3edge calibrate writes"),
     "schema": (lambda f: change_document(f, schema=9), "schema"),
     "no tokens": (lambda f: change_document(f, tokens=0), "tokens"),
+    "no ids": (lambda f: (f / "ids.npy").unlink(), "no ids.npy"),
+    "cut ids": (lambda f: (f / "ids.npy").write_bytes(b"\x93NUMPY"), "ids.npy cannot be read"),
+    "other ids": (lambda f: np.save(f / "ids.npy", np.zeros((2, 3), np.int32)), "is not what statistics.json says"),
+    "long ids": (lambda f: np.save(f / "ids.npy", some_ids(320)), "int64 of shape (40, 64)"),
+    "objects": (lambda f: np.save(f / "ids.npy", np.array([None])), "ids.npy cannot be read"),
     "no block": (lambda f: (f / "block-00001.safetensors").unlink(), "no block-00001.safetensors"),
     "cut": (lambda f: (f / "head.safetensors").write_bytes(b"12345678"), "head.safetensors"),
     "missing": (lambda f: change_block(f, f"{DOWN}.squares", None), f"lacks '{DOWN}.squares'"),

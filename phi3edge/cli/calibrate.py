@@ -18,7 +18,10 @@ def calibrate(
     checkpoint: CheckpointArg,
     calibration: Annotated[
         str | None,
-        typer.Option("--calibration", help="UTF-8 text file or hub dataset; default: what the model itself writes."),
+        typer.Option(
+            "--calibration",
+            help="self (the model's own words), python, self+python, a text FILE, or hub:ORG/NAME:FILE.",
+        ),
     ] = None,
     sequences: Annotated[int, typer.Option("--sequences", min=1, help="Sequences of text to run.")] = 128,
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of each.")] = 512,
@@ -51,9 +54,10 @@ def calibrate(
                 stages=stages,
             )
         except (KeyboardInterrupt, SystemExit):
-            note("the same command goes on at the block that it was in")
+            note("finished blocks are kept; the same command goes on after them")
             raise
-    text = made.calibration
+    text = made.statistics.calibration
+    assert text.ids is not None
     count = sum(path.stat().st_size for path in made.folder.iterdir())
     if as_json:
         return print_json(
@@ -67,14 +71,13 @@ def calibrate(
                 "calibration": {
                     "name": text.name,
                     "sha256": text.sha256,
-                    "sequences": text.sequences,
-                    "tokens": text.tokens_per_sequence,
+                    "sequences": text.ids.shape[0],
+                    "tokens": text.ids.shape[1],
                 },
-                "notes": made.statistics.notes,
+                "notes": made.notes,
             }
         )
-    for line in made.statistics.notes:
+    for line in made.notes:
         note(line)
-    total = text.sequences * text.tokens_per_sequence
-    say(f"{made.folder}: {size(count)}, {len(made.statistics)} linears on {total} tokens of {text.name}")
+    say(f"{made.folder}: {size(count)}, {len(made.statistics)} linears on {text.ids.size} tokens of {text.name}")
     return None
