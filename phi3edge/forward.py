@@ -67,18 +67,23 @@ class Decoder:
         sequences, tokens, _ = qkv.shape
         parts = qkv.split([n * spec.head_dim for n in (spec.heads, spec.kv_heads, spec.kv_heads)], -1)
         q, k, v = (part.view(sequences, tokens, -1, spec.head_dim).transpose(1, 2) for part in parts)
-        q, k = self._rotate(q), self._rotate(k)
+        q, k = self.rotate(q), self.rotate(k)
         k, v = (x.repeat_interleave(spec.heads // spec.kv_heads, 1) for x in (k, v))
         mixed = scaled_dot_product_attention(q, k, v, **self._mask(tokens))
         return mixed.transpose(1, 2).reshape(sequences, tokens, -1)
 
-    def _rotate(self, x: Tensor) -> Tensor:
-        """Rotary embedding of the leading channels; shape (sequences, heads, tokens, head size)."""
-        tokens, dim = x.shape[2], self.spec.rope.dim
+    def rotate(self, x: Tensor, start: int = 0) -> Tensor:
+        """Rotary embedding of the leading channels.
+
+        Args:
+            x: shape (sequences, heads, tokens, head size).
+            start: position of the first token.
+        """
+        here, dim = slice(start, start + x.shape[2]), self.spec.rope.dim
         turned, rest = x[..., :dim], x[..., dim:]
         first, second = turned.chunk(2, -1)
         swapped = torch.cat([-second, first], -1)
-        return torch.cat([turned * self._cos[:tokens] + swapped * self._sin[:tokens], rest], -1)
+        return torch.cat([turned * self._cos[here] + swapped * self._sin[here], rest], -1)
 
     def _mask(self, tokens: int) -> dict[str, bool | Tensor]:
         window = self.spec.sliding_window

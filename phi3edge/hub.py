@@ -90,6 +90,32 @@ def pull(
     return folder, Source(repository, commit)
 
 
+def dataset_file(repository: str, name: str, revision: str | None = None) -> tuple[Path, str]:
+    """Bring one file of a data set into the hub's cache, or find it there.
+
+    Args:
+        repository: "organization/name".
+        name: the file's path in it.
+        revision: a branch, tag or commit; the main branch if None.
+
+    Returns:
+        The file, and the commit that the revision stands for.
+
+    Raises:
+        HubError: see `pull`; or there is no such file.
+    """
+    with _plain_errors(repository, revision, "data set"), _quiet():
+        try:
+            found = hf_hub_download(repository, name, repo_type="dataset", revision=revision, library_name="phi3edge")
+        except errors.LocalEntryNotFoundError as error:
+            raise HubError(
+                f"{repository} has {name} not in {constants.HF_HUB_CACHE}, and it cannot be reached", "try while online"
+            ) from error
+        except errors.EntryNotFoundError as error:
+            raise HubError(f"the data set {repository} has no file {name}") from error
+    return (path := Path(found)), path.parents[name.count("/")].name
+
+
 def _download(
     storage: Path,
     repository: str,
@@ -237,7 +263,7 @@ def _remember(storage: Path, revision: str, commit: str) -> None:
 
 
 @contextmanager
-def _plain_errors(repository: str, revision: str | None) -> Iterator[None]:
+def _plain_errors(repository: str, revision: str | None, kind: str = "model") -> Iterator[None]:
     """Whatever huggingface_hub raises, as one line and what to do."""
     endpoint = constants.ENDPOINT
     login = "log in with `hf auth login`, or set HF_TOKEN"
@@ -245,15 +271,17 @@ def _plain_errors(repository: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except errors.HFValidationError as error:
-        raise HubError(f"{repository!r} is not a model's name: {_line(error)}", "expected organization/name") from error
+        raise HubError(
+            f"{repository!r} is not a {kind}'s name: {_line(error)}", "expected organization/name"
+        ) from error
     except errors.GatedRepoError as error:
         hint = f"ask for access at {endpoint}/{repository}, then {login}"
         raise HubError(f"{repository} is gated, and this account has no access to it", hint) from error
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{repository} has no revision {revision!r}", f"see {endpoint}/{repository}") from error
     except errors.RepositoryNotFoundError as error:
-        hint = f"check the spelling; for a private model {login}"
-        raise HubError(f"{endpoint} has no model {repository}, or it is private", hint) from error
+        hint = f"check the spelling; for a private {kind} {login}"
+        raise HubError(f"{endpoint} has no {kind} {repository}, or it is private", hint) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         if status in (401, 403):

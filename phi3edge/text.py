@@ -15,7 +15,7 @@ from phi3edge.errors import UsageError
 
 # modules that are one file of that name in every Python from 3.10 to 3.13, and say a lot in their docstrings
 # fmt: off
-_MODULES = (
+MODULES = (
     "argparse", "_pydecimal", "cmd", "codecs", "collections/__init__", "configparser", "contextlib", "copy",
     "csv", "difflib", "doctest", "email/message", "enum", "fractions", "ftplib", "functools", "gettext",
     "heapq", "http/client", "http/cookiejar", "imaplib", "inspect", "ipaddress", "logging/__init__",
@@ -53,7 +53,7 @@ def default_text() -> Text:
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     try:
         topics = _strings(ast.parse((stdlib / "pydoc_data/topics.py").read_text(encoding="utf-8")))
-        modules = [_docstrings(ast.parse((stdlib / f"{m}.py").read_text(encoding="utf-8"))) for m in _MODULES]
+        modules = [docstrings(ast.parse((stdlib / f"{m}.py").read_text(encoding="utf-8"))) for m in MODULES]
     except OSError as error:
         raise UsageError(
             f"this Python has no {Path(error.filename).name} to take the default text from",
@@ -104,10 +104,10 @@ def _strings(module: ast.Module) -> list[str]:
     return [ast.literal_eval(value) for value in table.values]
 
 
-def _docstrings(node: ast.AST) -> str:
+def docstrings(node: ast.AST) -> str:
     """All docstrings below a node, in source order."""
     own = ast.get_docstring(node) if isinstance(node, _DOCUMENTED) else None
-    below = (_docstrings(child) for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr))
+    below = (docstrings(child) for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr))
     return "\n\n".join(filter(None, (own, *below)))
 
 
