@@ -111,6 +111,15 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Option:
+    """A codec that a tensor may be in: the bytes it takes, and the KL that it is predicted to cost, nats per token."""
+
+    codec: str
+    bytes: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
 class TensorPlan:
     """What happens to one tensor.
 
