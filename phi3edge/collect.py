@@ -106,14 +106,14 @@ def calibrate(
         if any(t.grid for t in spec.tensors):
             raise UnsupportedError(f"{source.name} is quantized already: its linears are not rounded again")
         folder = (out or Path("dist") / f"{spec.name.lower()}-statistics").resolve()
-        _require_free(folder, spec, force)
+        _require_free(folder, force)
         text = calibration_text(calibration, source.path, spec, sequences, tokens, device=device, stages=stages)
         work = work_folder(folder)
         collect(source, spec, text.ids, work, moments, device, stages)
         statistics = finish_folder(work, spec, text.name, text.ids, moments)
-        (work / STATE).unlink()
-        _require_free(folder, spec, force)
+        _require_free(folder, force)
         take_place(work, folder)
+        (folder / STATE).unlink()
     notes = [text.note] if text.note else []
     return Collected(out or folder, spec.name, statistics, moments, notes + statistics.notes)
 
@@ -140,7 +140,7 @@ def require_device(device: str) -> None:
         raise UsageError("--device cuda: torch sees no GPU", "--device cpu, or a torch that is built for this GPU")
 
 
-def _require_free(folder: Path, spec: ModelSpec, force: bool) -> None:
+def _require_free(folder: Path, force: bool) -> None:
     """Raise unless the folder is not there, or is one of statistics and `force` is set.
 
     Raises:
@@ -151,7 +151,7 @@ def _require_free(folder: Path, spec: ModelSpec, force: bool) -> None:
     if not folder.is_dir() or not (folder / NAME).is_file():
         raise OutputError(f"{folder} is no folder of statistics; it is never replaced", "choose another --out")
     layers = read_document(folder).model.get("layers", 0)
-    ours = {NAME, IDS_NAME, IMATRIX_NAME, block_file(None), *map(block_file, range(layers))}
+    ours = {STATE, NAME, IDS_NAME, IMATRIX_NAME, block_file(None), *map(block_file, range(layers))}
     if strange := sorted({path.name for path in folder.iterdir()} - ours):
         raise OutputError(f"{folder} holds {strange[0]}, which is not of its statistics", "choose another --out")
     if not force:
@@ -202,7 +202,8 @@ def collect(
             for layer in range(start, spec.layers):
                 run.block(layer, advance)
             run.head(advance)
-        run.hidden(spec.layers).unlink(missing_ok=True)
+    for path in work.glob("hidden-*"):
+        path.unlink()
 
 
 @dataclass(frozen=True)
@@ -302,6 +303,8 @@ def _begin(work: Path, state: JSON) -> None:
     said = json.dumps(state, indent=2)
     path = work / STATE
     if path.is_file() and path.read_text(encoding="utf-8") == said:
+        for half in work.glob(".*.partial"):  # of a run that had no time to remove them
+            half.unlink()
         return
     if work.exists():
         if not path.is_file() and any(work.iterdir()):

@@ -14,6 +14,7 @@ import torch
 from _models import GROUPED, MHA, TIED, Shape, phi3_config, write_model
 from safetensors.numpy import load_file, save_file
 
+from phi3edge.accumulate import Accumulator
 from phi3edge.calibration import CalibrationText
 from phi3edge.checkpoint import open_checkpoint
 from phi3edge.codecs import codec
@@ -150,6 +151,34 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     assert {path.name for path in work.iterdir()} == {STATE, *names}
     for name in names:
         assert (work / name).read_bytes() == (saved[0] / name).read_bytes()
+
+
+def test_what_a_killed_run_left_is_cleared_away(model: Path, saved: tuple[Path, ModelSpec], tmp_path: Path) -> None:
+    ids, work = some_ids(320), tmp_path / "work"
+    with pytest.raises(KeyboardInterrupt):
+        run(model, work, ids, stages=interrupt_after(SEQUENCES))
+    (work / "hidden-00000.f32").write_bytes(b"read, and not yet removed")
+    (work / ".hidden-00002.f32.0000.partial").write_bytes(b"half")
+    run(model, work, ids)
+    names = {"block-00000.safetensors", "block-00001.safetensors", "head.safetensors"}
+    assert {path.name for path in work.iterdir()} == {STATE, *names}
+    assert all((work / name).read_bytes() == (saved[0] / name).read_bytes() for name in names)
+
+
+def test_the_number_of_tokens_costs_no_digits() -> None:
+    random = torch.Generator().manual_seed(0)
+    total, sums = torch.zeros(64, 64, dtype=torch.float64), Accumulator(64, moments=True)
+    for _ in range(50):
+        x = torch.randn(2048, 64, generator=random) * torch.logspace(-2, 3, 64)
+        sums.add(x[None])
+        total += x.double().T @ x.double()
+    exact = (total / 102_400).numpy()
+    found = sums.statistics()
+    assert found.tokens == 102_400
+    assert found.moments is not None
+    spread = np.sqrt(np.outer(exact.diagonal(), exact.diagonal()))
+    assert (np.abs(found.moments - exact) / spread).max() < 1.5e-7
+    np.testing.assert_allclose(found.squares, exact.diagonal(), rtol=1.5e-7)
 
 
 def test_the_beginning_of_other_work_is_not_gone_on_with(model: Path, tmp_path: Path) -> None:
