@@ -9,6 +9,7 @@ import re
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ DEFAULT = MIXED
 """What is taken if no text is given."""
 
 LEAST_SEQUENCES = 8
-MEMORY = 4 * 10**9
-"""Bytes that weights and KV cache may take while the model writes."""
+SPAN = 256
+"""Tokens that the model writes at most before it begins another text. The spans of a sequence are written side by side:
+fewer steps and less KV cache; and a small model that repeats itself is soon interrupted."""
 
 PASSAGE = 32
 """So many equal tokens in a row are no chance: texts that share them overlap."""
@@ -70,7 +72,7 @@ def calibration_text(
     seed: int = 0,
     device: str = "cpu",
     stages: Stages = silent,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> CalibrationText:
     """The text to calibrate on, as the checkpoint's tokenizer reads it.
 
@@ -86,7 +88,8 @@ def calibration_text(
         seed: of what the model writes.
         device: where the model writes.
         stages: shows progress.
-        memory: see MEMORY. Less of it takes more time, and may give other words.
+        memory: bytes that weights and KV cache may take while the model writes, None for what suits the device; less
+            of it takes more time, and may give other words.
 
     Raises:
         UsageError: no such text, or too little of it.
@@ -114,7 +117,14 @@ def calibration_text(
 
 
 def _own(
-    checkpoint: Path, spec: ModelSpec, sequences: int, tokens: int, seed: int, device: str, stages: Stages, memory: int
+    checkpoint: Path,
+    spec: ModelSpec,
+    sequences: int,
+    tokens: int,
+    seed: int,
+    device: str,
+    stages: Stages,
+    memory: int | None,
 ) -> CalibrationText:
     """What the model writes; kept in the cache."""
     digest = hashlib.sha256(repr((_VERSION, sequences, tokens, seed, PROMPTS)).encode())
@@ -125,15 +135,12 @@ def _own(
     kept = cache_dir() / "calibration" / f"{digest.hexdigest()[:32]}.npy"
     if not kept.is_file():
         reference.require_reference()
-        tokenizer = reference.load_tokenizer(checkpoint)
         from phi3edge.generation import generate
 
-        words = _words(tokenizer, spec.vocab_size)
-        beginnings = [
-            _free(tokenizer, words, seed, row) if row % 2 else _chat(tokenizer, seed, row) for row in range(sequences)
-        ]
+        spans = -(-tokens // SPAN)  # of each sequence
+        beginnings = _beginnings(reference.load_tokenizer(checkpoint), sequences, spans, seed)
         with open_checkpoint(checkpoint) as opened:
-            ids = generate(opened, spec, beginnings, tokens, seed, memory, device, stages)
+            ids = generate(opened, spec, beginnings, -(-tokens // spans), seed, memory, device, stages)
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -142,57 +149,66 @@ def _own(
                 "PHI3EDGE_CACHE names another folder",
             ) from error
         with new_file(kept) as file:
-            np.save(file, ids.astype("<i4"))
+            np.save(file, ids.reshape(sequences, -1)[:, :tokens].astype("<i4"))
     return CalibrationText(np.load(kept).astype(np.int64), f"written by the model itself, seed {seed}")
 
 
-def _chat(tokenizer: Any, seed: int, row: int) -> Iterator[list[int]]:
-    """Prompts in a random order, as the checkpoint's chat template renders them; as they are, if it has none."""
-    random = np.random.default_rng([seed, row])
-    while True:
-        for n in random.permutation(len(PROMPTS)):
-            if not tokenizer.chat_template:
-                yield tokenizer(f"{PROMPTS[n]}\n\n")["input_ids"]
-            else:
-                chat = [{"role": "user", "content": PROMPTS[n]}]
-                text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-                yield _encode(tokenizer, text)
-
-
-def _free(tokenizer: Any, words: np.ndarray, seed: int, row: int) -> Iterator[list[int]]:
-    """A random word, after what the tokenizer puts before every text."""
-    random = np.random.default_rng([seed, row])
+def _beginnings(tokenizer: Any, sequences: int, spans: int, seed: int) -> list[Iterator[list[int]]]:
+    """What each span of each sequence begins its texts with: even sequences chat, odd ones begin with any word."""
+    random = np.random.default_rng(seed)
+    prompts, words = random.permutation(PROMPTS).tolist(), random.permutation(_words(tokenizer)).tolist()
     before = tokenizer("")["input_ids"]
-    while True:
-        yield [*before, int(random.choice(words))]
+    chats = -(-sequences // 2) * spans
+
+    def chat(first: int) -> Iterator[list[int]]:
+        for n in count(first, chats):
+            yield _ask(tokenizer, prompts[n % len(prompts)])
+
+    def free(first: int) -> Iterator[list[int]]:
+        for n in count(first, chats):
+            yield [*before, words[n % len(words)]]
+
+    return [(free if row % 2 else chat)(row // 2 * spans + span) for row in range(sequences) for span in range(spans)]
 
 
-def _words(tokenizer: Any, vocabulary: int) -> np.ndarray:
-    """Ids of the ordinary tokens that have a letter in them."""
+def _ask(tokenizer: Any, prompt: str) -> list[int]:
+    """A user's turn as the checkpoint's chat template renders it; as it is, if there is none."""
+    if not tokenizer.chat_template:
+        return tokenizer(f"{prompt}\n\n")["input_ids"]
+    chat = [{"role": "user", "content": prompt}]
+    return _encode(tokenizer, tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+
+def _words(tokenizer: Any) -> list[int]:
+    """Ids of the ordinary tokens that a word begins with: a space and a letter."""
     added = set(tokenizer.get_added_vocab().values()) | set(tokenizer.all_special_ids)
-    ordinary = [n for n in range(min(len(tokenizer), vocabulary)) if n not in added]
-    texts = tokenizer.batch_decode([[n] for n in ordinary])
-    return np.array(
-        [n for n, text in zip(ordinary, texts, strict=True) if any(map(str.isalpha, text)) and "\ufffd" not in text]
-    )
+    ordinary = [n for n in range(len(tokenizer)) if n not in added]
+    pieces = tokenizer.convert_ids_to_tokens(ordinary)
+    # byte-level vocabularies write a space as Ġ, SentencePiece's as ▁
+    return [n for n, piece in zip(ordinary, pieces, strict=True) if piece and piece[0] in "Ġ▁" and piece[1:2].isalpha()]
 
 
 def _python(checkpoint: Path, sequences: int, tokens: int) -> CalibrationText:
-    """One stretch of documentation after the other, from modules that lie evenly over the standard library.
+    """The beginnings of as many modules' documentation; where modules are too few, also what follows.
 
-    First from each module's beginning, then, if these are too few, from what follows.
+    Modules borrow from each other: what has a passage of the default text is left out.
     """
     tokenizer = reference.load_tokenizer(checkpoint)
+    scored = set(_hashes(np.array(_encode(tokenizer, default_text().text))).ravel().tolist())
     name = f"python-{sysconfig.get_python_version()} docstrings"
-    stretches: list[tuple[int, list[int]]] = []
+    first: list[list[int]] = []
+    others: list[list[int]] = []
     for text in _documentation():
         ids = _encode(tokenizer, text)
-        stretches += [(n, ids[n * tokens : (n + 1) * tokens]) for n in range(len(ids) // tokens)]
-    if len(stretches) < sequences:
-        raise _too_short(name, len(stretches) * tokens, sequences, tokens)
-    depth = sorted(n for n, _ in stretches)[sequences - 1]
-    usable = [ids for n, ids in stretches if n <= depth]
-    chosen = [usable[n * len(usable) // sequences] for n in range(sequences)]
+        cut = [ids[start : start + tokens] for start in range(0, len(ids) - tokens + 1, tokens)]
+        stretches = [ids for ids in cut if scored.isdisjoint(_hashes(np.array(ids)).ravel().tolist())]
+        first += stretches[:1]
+        others += stretches[1:]
+        if len(first) >= sequences:
+            break
+    chosen = (first + others)[:sequences]
+    if len(chosen) < sequences:
+        raise _too_short(name, len(chosen) * tokens, sequences, tokens)
     return CalibrationText(np.array(chosen, np.int64).reshape(sequences, tokens), name)
 
 
@@ -200,10 +216,12 @@ _NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "turtledemo
 
 
 def _documentation() -> Iterator[str]:
-    """Docstrings of each module whose docstrings are not in the default text; prose before examples."""
+    """Docstrings of modules in a random order, prose first; without the modules that the default text is made of."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     seen = {_plain(paragraph) for paragraph in default_text().text.split("\n\n")}
-    for path in sorted(stdlib.rglob("*.py")):
+    paths = sorted(stdlib.rglob("*.py"))
+    for n in np.random.default_rng(0).permutation(len(paths)):
+        path = paths[n]
         module = path.relative_to(stdlib).with_suffix("")
         if _NOT_LIBRARY & set(module.parts) or module.as_posix() in MODULES:
             continue
@@ -227,7 +245,7 @@ def _is_prose(paragraph: str) -> bool:
 
 def _file(wanted: str) -> Text:
     if not Path(wanted).is_file():
-        hint = f"{did_you_mean(wanted, [SELF, PYTHON, MIXED])}; or hub:ORG/NAME:FILE, or a text file's path"
+        hint = f"{did_you_mean(wanted, [SELF, PYTHON, MIXED])} a text file and hub:ORG/NAME:FILE are possible too"
         raise UsageError(f"no calibration text {wanted!r}", hint)
     return read_text(Path(wanted))
 
@@ -286,8 +304,8 @@ def refuse_overlap(calibration: CalibrationText, evaluation: np.ndarray, name: s
     Raises:
         UsageError: they share a run of PASSAGE equal tokens.
     """
-    theirs, ours = (sliding_window_view(np.atleast_2d(ids), PASSAGE, axis=1) for ids in (evaluation, calibration.ids))
-    their_hashes, our_hashes = _hashes(theirs), _hashes(ours)
+    theirs, ours = _passages(evaluation), _passages(calibration.ids)
+    their_hashes, our_hashes = _hashes(evaluation), _hashes(calibration.ids)
     for row, start in np.argwhere(np.isin(our_hashes, their_hashes)):
         passage = ours[row, start]
         if len(np.unique(passage)) < PASSAGE // 4:  # a ruled line, or blank ones
@@ -301,9 +319,18 @@ def refuse_overlap(calibration: CalibrationText, evaluation: np.ndarray, name: s
                 )
 
 
-def _hashes(runs: np.ndarray) -> np.ndarray:
-    """A number for each run of ids, by polynomial modulo 2**64; shape (rows, runs)."""
-    hashes = np.zeros(runs.shape[:2], np.uint64)
-    for n in range(runs.shape[2]):
-        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + runs[:, :, n].astype(np.uint64)
+def _passages(ids: np.ndarray) -> np.ndarray:
+    """Every run of PASSAGE ids of each row; shape (rows, runs, PASSAGE)."""
+    rows = np.atleast_2d(ids)
+    if rows.shape[1] < PASSAGE:
+        return np.empty((len(rows), 0, PASSAGE), rows.dtype)
+    return sliding_window_view(rows, PASSAGE, axis=1)
+
+
+def _hashes(ids: np.ndarray) -> np.ndarray:
+    """A number for each passage, by a polynomial modulo 2**64; shape (rows, runs)."""
+    passages = _passages(ids)
+    hashes = np.zeros(passages.shape[:2], np.uint64)
+    for n in range(PASSAGE):
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + passages[:, :, n].astype(np.uint64)
     return hashes

@@ -27,6 +27,9 @@ TEMPERATURE, TOP_P = 0.9, 0.95
 CANDIDATES = 512
 """Top-p is looked for among so many most likely tokens: sorting a whole vocabulary takes longer than the model."""
 
+CPU_MEMORY = 5 * 10**9
+"""Bytes that weights and KV cache may take on a CPU: what leaves a model of 4 billion weights within 6 GB."""
+
 Beginnings = Iterator[list[int]]
 """Token ids that a text begins with, text after text; never ends."""
 
@@ -37,7 +40,7 @@ def generate(
     beginnings: Sequence[Beginnings],
     tokens: int,
     seed: int,
-    memory: int,
+    memory: int | None = None,
     device: str | torch.device = "cpu",
     stages: Stages = silent,
 ) -> np.ndarray:
@@ -51,15 +54,18 @@ def generate(
         beginnings: of each row, what its texts begin with.
         tokens: length of a row.
         seed: of the sampling; each row has its own random numbers, however many are written at once.
-        memory: bytes that weights and the KV cache may take. If all weights take more than three quarters of it, they
-            are read again for every step, one block at a time; as many rows are written at once as then fit.
+        memory: bytes that weights and the KV cache may take; None: CPU_MEMORY, or most of what a GPU has free. If all
+            weights take more than three quarters of it, they are read again for every step, one block at a time; as
+            many rows are written at once as then fit.
         device: where to compute.
         stages: shows progress.
 
     Returns:
         Token ids, int64, shape (len(beginnings), tokens).
     """
-    decoder, dtype = Decoder(spec, device), fast_dtype(torch.device(device))
+    decoder, dtype = Decoder(spec, device), fast_dtype(device)
+    if memory is None:
+        memory = torch.cuda.mem_get_info(device)[0] * 3 // 4 if decoder.device.type == "cuda" else CPU_MEMORY
     sizes = fit(spec, len(beginnings), tokens, dtype.itemsize, memory)
     read = partial(load, checkpoint, spec, dtype=dtype, device=decoder.device)
     outer = read(None)
@@ -101,8 +107,8 @@ class _Writer:
             if self._ended[row]:
                 self._forced[row], self.begins[row] = list(next(beginning)), position
             forced = self._forced[row]
+            self._ended[row] = not forced and int(sampled[row]) in self._eos
             self.ids[row, position] = forced.pop(0) if forced else sampled[row]
-            self._ended[row] = not forced and self.ids[row, position] in self._eos
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +142,9 @@ def fit(spec: ModelSpec, rows: int, tokens: int, itemsize: int, memory: int) -> 
     return Fit(keep, -(-rows // waves))
 
 
-def fast_dtype(device: torch.device) -> torch.dtype:
+def fast_dtype(device: str | torch.device) -> torch.dtype:
     """bfloat16, what models are published in, where hardware computes in it or converts it at speed; else float32."""
-    wide = device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    wide = torch.device(device).type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
     return torch.bfloat16 if wide else torch.float32
 
 

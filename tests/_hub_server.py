@@ -1,7 +1,7 @@
 """A small server that speaks the model hub's protocol, as far as huggingface_hub asks for it when it downloads a model.
 
-api/models/{repo}[/revision/{rev}] lists files; {repo}/resolve/{rev}/{file} serves them, with HEAD, ETag, the commit and
-ranges. Large files are answered with a redirect to another path, as the hub redirects to its storage.
+api/models/{repo}[/revision/{rev}] lists files; [datasets/]{repo}/resolve/{rev}/{file} serves them, with HEAD, ETag, the
+commit and ranges. Large files are answered with a redirect to another path, as the hub redirects to its storage.
 """
 
 import hashlib
@@ -105,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             if folder := self._allowed(match[1], match[2] or "main"):
                 self._listing(match[1], folder)
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        elif match := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             if folder := self._allowed(match[1], match[2]):
                 self._file(folder / match[3])
         else:
