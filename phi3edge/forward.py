@@ -22,6 +22,7 @@ from phi3edge.types import ModelSpec
 
 if TYPE_CHECKING:
     from phi3edge.checkpoint import Checkpoint
+    from phi3edge.rewrite import Rewritten
 
 LINEARS = ("attn_qkv", "attn_output", "ffn_gate_up", "ffn_down")
 """The linears of a block, in the order in which they compute."""
@@ -108,17 +109,21 @@ class Decoder:
         return h + linear(x, weights["ffn_down"])
 
 
-def load_block(checkpoint: Checkpoint, spec: ModelSpec, layer: int, device: str | torch.device = "cpu") -> Weights:
+def load_block(
+    checkpoint: Checkpoint | Rewritten, spec: ModelSpec, layer: int, device: str | torch.device = "cpu"
+) -> Weights:
     """All weights of one decoder block, float32."""
     return {t.role: _read(checkpoint, t.name, device) for t in spec.tensors if t.layer == layer}
 
 
-def load_outer(checkpoint: Checkpoint, spec: ModelSpec, role: str, device: str | torch.device = "cpu") -> Tensor:
+def load_outer(
+    checkpoint: Checkpoint | Rewritten, spec: ModelSpec, role: str, device: str | torch.device = "cpu"
+) -> Tensor:
     """A weight outside the blocks, float32: "embedding", "output_norm" or "head" (a tied one is the embedding)."""
     wanted = "embedding" if role == "head" and spec.tied else role
     [name] = [t.name for t in spec.tensors if t.role == wanted]
     return _read(checkpoint, name, device)
 
 
-def _read(checkpoint: Checkpoint, name: str, device: str | torch.device) -> Tensor:
+def _read(checkpoint: Checkpoint | Rewritten, name: str, device: str | torch.device) -> Tensor:
     return torch.from_numpy(checkpoint.read(name)).to(device)

@@ -1,0 +1,336 @@
+"""Rounds a model's linears block by block, each on what the rounded blocks before it really give it.
+
+Two copies of the calibration text's hidden states go through the model: the float model's, and those of the model as
+rounded so far. At each linear the second moments of its rounded input y (H = E y y^T) say which errors matter, and the
+cross moments with the float model's input x (C = E x y^T) where to aim: not at the weight W, but at W C H^-1, which
+brings the rounded model's output back to the float model's (Li et al., GPTAQ, arXiv 2504.02692).
+
+The hidden states lie in files, one block's weights and one linear's moments in memory. A run that was interrupted goes
+on after the last finished block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from phi3edge.cache import cache_dir
+from phi3edge.codecs import codec, is_float, row_bytes
+from phi3edge.errors import UnsupportedError
+from phi3edge.files import write_text
+from phi3edge.forward import LINEARS, Decoder, Weights, load_block, load_outer
+from phi3edge.methods.gptq import DAMPING
+from phi3edge.progress import Stages, silent
+from phi3edge.reference import fingerprint
+from phi3edge.registry import load
+from phi3edge.types import JSON, QuantPlan, Statistics, TensorPlan
+
+if TYPE_CHECKING:
+    from phi3edge.calibration import CalibrationText
+    from phi3edge.rewrite import Rewritten
+
+CALIBRATED = ("gptq",)
+"""Methods whose weights are rounded here; the others round rows as they are written."""
+
+KEPT_BYTES = 16 * 10**9
+"""What rounded models may take in the cache; the oldest go first. The newest stays whatever its size."""
+
+_BATCH_TOKENS = 4096
+_VERSION = 1  # raise it whenever the same inputs give other codes
+
+
+@dataclass(frozen=True, slots=True)
+class LinearFigures:
+    """How one linear came out.
+
+    Attributes:
+        tokens: of the calibration text that it saw.
+        error: mean square of the output's error over that of the output, on the rounded model's inputs.
+    """
+
+    name: str
+    role: str
+    layer: int | None
+    codec: str
+    tokens: int
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """Rounded linears, packed, in a folder of the cache."""
+
+    folder: Path
+    figures: tuple[LinearFigures, ...]
+
+    def rows(self, planned: TensorPlan, start: int, stop: int) -> np.ndarray:
+        """Packed rows [start, stop) of a tensor, uint8 (rows, row bytes)."""
+        rows, columns = planned.tensor.shape
+        shape = rows, row_bytes(planned.codec, columns)
+        return np.array(np.memmap(self.folder / planned.tensor.name, np.uint8, "r", shape=shape)[start:stop])
+
+
+def round_model(
+    checkpoint: Rewritten, plan: QuantPlan, text: CalibrationText, device: str = "cpu", stages: Stages = silent
+) -> Rounded:
+    """Round every tensor of a plan whose method is in CALIBRATED.
+
+    What an earlier run finished with the same checkpoint, plan and text is used again.
+
+    Args:
+        checkpoint: the weights to round.
+        plan: a codec and a method for every tensor.
+        text: the calibration text.
+        device: where the model is computed.
+        stages: shows progress.
+
+    Raises:
+        UnsupportedError: statistics that nothing can be rounded by; names the tensor.
+        OutputError: the cache cannot be written.
+    """
+    folder = cache_dir() / "rounded" / _key(checkpoint, plan, text, device)
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = plan.model.layers + 1
+    with torch.inference_mode(), stages("calibrate", steps) as advance:
+        run = _Run(checkpoint, plan, text.ids, folder, device)
+        advance(run.finished)
+        while run.finished < steps:
+            run.step()
+            advance(1)
+    _prune(folder)
+    return Rounded(folder, tuple(run.figures))
+
+
+class _Run:
+    """One rounding: what is finished of it, and its files."""
+
+    def __init__(self, checkpoint: Rewritten, plan: QuantPlan, ids: np.ndarray, folder: Path, device: str) -> None:
+        self._checkpoint, self._plan, self._ids, self._folder = checkpoint, plan, ids, folder
+        self._decoder = Decoder(plan.model, device)
+        self._device = self._decoder.device
+        self._planned = {(t.tensor.role, t.tensor.layer): t for t in plan.tensors}
+        per_batch = max(1, _BATCH_TOKENS // ids.shape[1])
+        self._batches = [slice(first, first + per_batch) for first in range(0, len(ids), per_batch)]
+        self._state = folder / "finished.json"
+        known: JSON = json.loads(self._state.read_text()) if self._state.is_file() else {"steps": 0, "figures": []}
+        self.finished: int = known["steps"]
+        self.figures = [LinearFigures(**row) for row in known["figures"]]
+
+    def step(self) -> None:
+        """Round the next block, or after the last one the head; only whole steps are remembered."""
+        layer = self.finished
+        if layer == 0:
+            self._embed()
+        self.figures += self._round_block(layer) if layer < self._plan.model.layers else self._round_head()
+        self.finished += 1
+        write_text(self._state, json.dumps({"steps": self.finished, "figures": [asdict(row) for row in self.figures]}))
+        spent = "hidden" if self.finished > self._plan.model.layers else f"hidden-{layer}-"
+        for old in self._folder.glob(f"{spent}*"):
+            old.unlink()
+
+    def _embed(self) -> None:
+        planned = self._planned["embedding", None]
+        table = load_outer(self._checkpoint, self._plan.model, "embedding", self._device)
+        ids = torch.from_numpy(self._ids)
+        for name, rows in (("float", table), ("rounded", self._round_alone(planned, table))):
+            out = self._new_file(f"hidden-0-{name}", self._plan.model.hidden_size)
+            for batch in self._batches:
+                out[batch] = rows[ids[batch].to(self._device)].cpu().numpy()
+
+    def _round_block(self, layer: int) -> list[LinearFigures]:
+        weights = load_block(self._checkpoint, self._plan.model, layer, self._device)
+        rounded = dict(weights)
+        true, real = self._path("float", layer, weights), self._path("rounded", layer, rounded)
+        figures = []
+        for role in LINEARS:
+            moments = _Moments(weights[role])
+            for batch in self._batches:
+                moments.add(true.input(role, batch), real.input(role, batch))
+            rounded[role], found = self._round(self._planned[role, layer], moments)
+            figures += found
+        for path in (true, real):
+            for batch in self._batches:
+                path.finish(batch)
+        return figures
+
+    def _round_head(self) -> list[LinearFigures]:
+        spec = self._plan.model
+        planned = self._planned.get(("head", None))
+        if planned is None or planned.method not in CALIBRATED:
+            return []
+        moments = _Moments(load_outer(self._checkpoint, spec, "head", self._device))
+        gain = load_outer(self._checkpoint, spec, "output_norm", self._device)
+        true, real = (self._open(f"hidden-{spec.layers}-{name}") for name in ("float", "rounded"))
+        for batch in self._batches:
+            moments.add(*(self._decoder.norm(_tensor(h[batch], self._device), gain) for h in (true, real)))
+        return self._round(planned, moments)[1]
+
+    def _round(self, planned: TensorPlan, moments: _Moments) -> tuple[Tensor, list[LinearFigures]]:
+        """A linear as its plan rounds it, and how that went; packed into the folder if its method is calibrated."""
+        if planned.method not in CALIBRATED:
+            return self._round_alone(planned, moments.weight), []
+        tensor, module = planned.tensor, codec(planned.codec)
+        try:
+            aimed = moments.aim()
+            statistics = moments.statistics()
+            quantized = load("methods", planned.method).quantize(aimed.cpu().numpy(), module, statistics, self._device)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"tensor {tensor.name!r}: {error.message}", error.hint) from error
+        packed = module.pack(quantized)
+        packed.tofile(self._folder / tensor.name)
+        rounded = _tensor(module.dequantize(module.unpack(packed)), self._device)
+        lost = moments.error(aimed, rounded)
+        return rounded, [LinearFigures(tensor.name, tensor.role, tensor.layer, planned.codec, moments.tokens, lost)]
+
+    def _round_alone(self, planned: TensorPlan, weight: Tensor) -> Tensor:
+        """A weight as a method without calibration rounds it."""
+        if planned.method == "imported" or is_float(planned.codec):
+            return weight
+        module = codec(planned.codec)
+        quantized = load("methods", planned.method).quantize(weight.cpu().numpy(), module)
+        return _tensor(module.dequantize(quantized), self._device)
+
+    def _path(self, name: str, layer: int, weights: Weights) -> _Path:
+        spec = self._plan.model
+        before = self._open(f"hidden-{layer}-{name}")
+        after = self._new_file(f"hidden-{layer + 1}-{name}", spec.hidden_size)
+        inner = self._new_file(f"hidden-inner-{name}", max(spec.heads * spec.head_dim, spec.intermediate_size))
+        return _Path(self._decoder, weights, before, after, inner)
+
+    def _open(self, name: str) -> np.ndarray:
+        return np.lib.format.open_memmap(self._folder / f"{name}.npy", "r")
+
+    def _new_file(self, name: str, width: int) -> np.ndarray:
+        """A file for a float32 array (sequences, tokens, width)."""
+        return np.lib.format.open_memmap(self._folder / f"{name}.npy", "w+", np.float32, (*self._ids.shape, width))
+
+
+class _Path:
+    """A way of the calibration text through one block, linear by linear; states are kept by batch of sequences."""
+
+    def __init__(
+        self, decoder: Decoder, weights: Weights, before: np.ndarray, after: np.ndarray, inner: np.ndarray
+    ) -> None:
+        """The hidden states before the block, and files for those after it and for what the inner linears take."""
+        self._decoder, self._weights = decoder, weights
+        self._before, self._after, self._inner = before, after, inner
+        self._inputs = {
+            "attn_qkv": self._attention_input,
+            "attn_output": self._mixed,
+            "ffn_gate_up": self._ffn_input,
+            "ffn_down": self._gated,
+        }
+
+    def input(self, role: str, batch: slice) -> Tensor:
+        """What a linear takes, (sequences, tokens, columns); roles come in the order of LINEARS."""
+        return self._inputs[role](batch)
+
+    def finish(self, batch: slice) -> None:
+        """Add the last linear's output: now `after` is what its name says."""
+        self._after[batch] += self._apply("ffn_down", self._taken("ffn_down", batch)).cpu().numpy()
+
+    def _attention_input(self, batch: slice) -> Tensor:
+        return self._decoder.norm(self._tensor(self._before[batch]), self._weights["attn_norm"])
+
+    def _mixed(self, batch: slice) -> Tensor:
+        return self._keep(self._decoder.attend(self._apply("attn_qkv", self._attention_input(batch))), batch)
+
+    def _ffn_input(self, batch: slice) -> Tensor:
+        h = self._tensor(self._before[batch]) + self._apply("attn_output", self._taken("attn_output", batch))
+        self._after[batch] = h.cpu().numpy()
+        return self._decoder.norm(h, self._weights["ffn_norm"])
+
+    def _gated(self, batch: slice) -> Tensor:
+        x = self._decoder.norm(self._tensor(self._after[batch]), self._weights["ffn_norm"])
+        return self._keep(self._decoder.gate(self._apply("ffn_gate_up", x)), batch)
+
+    def _apply(self, role: str, x: Tensor) -> Tensor:
+        return linear(x, self._weights[role])
+
+    def _keep(self, x: Tensor, batch: slice) -> Tensor:
+        self._inner[batch, :, : x.shape[-1]] = x.cpu().numpy()
+        return x
+
+    def _taken(self, role: str, batch: slice) -> Tensor:
+        return self._tensor(self._inner[batch, :, : self._weights[role].shape[1]])
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return _tensor(values, self._decoder.device)
+
+
+class _Moments:
+    """Sums over the calibration text for one linear, float32; see the file's head for H and C."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """For a weight (rows, columns)."""
+        self.weight = weight
+        self.tokens = 0
+        columns = weight.shape[1]
+        self._h = weight.new_zeros(columns, columns)
+        self._c = weight.new_zeros(columns, columns)
+        self._absolute = weight.new_zeros(columns)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """The float model's inputs and the rounded model's, (sequences, tokens, columns)."""
+        x, y = x.flatten(0, 1), y.flatten(0, 1)
+        self.tokens += len(x)
+        self._h.addmm_(y.T, y)
+        self._c.addmm_(x.T, y)
+        self._absolute += y.abs().sum(0)
+
+    def aim(self) -> Tensor:
+        """The weight to round: it brings the output back to the float model's. Shape (rows, columns).
+
+        Raises:
+            UnsupportedError: moments that are not finite, or inputs that are all 0.
+        """
+        damped = self._h.double()
+        damped.diagonal().add_(DAMPING * damped.diagonal().mean())
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if failed or not bool(torch.isfinite(factor.diagonal().sum())):
+            raise UnsupportedError("its inputs on the calibration text are not finite, or all 0", "use another text")
+        lack = self.weight @ (self._c - self._h)
+        return self.weight + torch.cholesky_solve(lack.double().T, factor).T.float()
+
+    def statistics(self) -> Statistics:
+        """Means over the tokens, of the rounded model's inputs."""
+        moments = (self._h / self.tokens).cpu().numpy()
+        absolute = (self._absolute / self.tokens).cpu().numpy()
+        return Statistics(self.tokens, moments.diagonal().copy(), absolute, moments)
+
+    def error(self, aimed: Tensor, rounded: Tensor) -> float:
+        """See LinearFigures."""
+        lost, whole = ((w @ self._h * w).sum() for w in (aimed - rounded, aimed))
+        return float(lost / whole)
+
+
+def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
+
+def _key(checkpoint: Rewritten, plan: QuantPlan, text: CalibrationText, device: str) -> str:
+    """Names a rounding by all that it depends on."""
+    tensors = [(t.tensor.name, t.codec, t.method) for t in plan.tensors]
+    said = repr(
+        (_VERSION, fingerprint(checkpoint.path), checkpoint.basis, tensors, text.sha256, text.ids.shape, device)
+    )
+    return hashlib.sha256(said.encode()).hexdigest()[:32]
+
+
+def _prune(newest: Path) -> None:
+    """Deletes the oldest roundings until the rest take at most KEPT_BYTES."""
+    folders = sorted(newest.parent.iterdir(), key=lambda folder: (folder == newest, folder.stat().st_mtime))
+    room = KEPT_BYTES
+    for folder in reversed(folders):
+        room -= sum(file.stat().st_size for file in folder.iterdir())
+        if room < 0 and folder != newest:
+            shutil.rmtree(folder, ignore_errors=True)
