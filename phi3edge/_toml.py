@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from phi3edge.errors import ConfigError
+from phi3edge.errors import ConfigError, UsageError
 from phi3edge.registry import did_you_mean
+from phi3edge.units import parse_size
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,6 +24,18 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+
+def _size(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_size(value)
+    except UsageError as error:
+        raise ValueError(f"{error.message}; {error.hint}") from None
+
+
+Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
+"""Bytes, from a number or as people write them: "1.5 GB"."""
 
 M = TypeVar("M", bound=Strict)
 

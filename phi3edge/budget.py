@@ -5,7 +5,7 @@ bytes stay within a limit. First the convex hulls of the options are walked, fro
 the step that saves the most loss a byte (the Lagrangian solution; Shoham and Gersho, IEEE Trans. ASSP 36, 1988). Had
 the last step been taken in part, this would be the optimum of the relaxed problem: no choice is better than that bound.
 Dynamic programming then finds the best choice outright, if the bytes have a large enough common divisor; else it counts
-bytes in steps of a 65536th of the room, rounded up, and the better one of both choices is taken.
+bytes in steps of a 65536th of the room, rounded up, and the better one of both choices is taken, beside that bound.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 from math import gcd
 
 import numpy as np
@@ -23,6 +24,14 @@ from phi3edge.units import size
 
 STEPS = 2**16
 """Steps of bytes that dynamic programming tells apart, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A limit: `bytes` for all files of an artifact, or `bits_per_weight` for its packed weights alone."""
+
+    bytes: int | None = None
+    bits_per_weight: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +74,11 @@ def choose(options: Mapping[str, Sequence[Option]], limit: int) -> Choice:
             f"allow {least - limit} bytes more, or a recipe with smaller codecs in its [budget]",
         )
     taken, bound = _walk_hulls(useful, limit - least)
-    taken = min(taken, _dynamic(useful, limit - least), key=lambda t: _loss(useful, t))
+    best, exact = _dynamic(useful, limit - least)
+    taken = best if exact else min(taken, best, key=lambda t: _loss(useful, t))
     chosen = {name: choices[n] for name, choices, n in zip(options, useful, taken, strict=True)}
-    return Choice(chosen, sum(o.bytes for o in chosen.values()), _loss(useful, taken), bound)
+    loss = _loss(useful, taken)
+    return Choice(chosen, sum(o.bytes for o in chosen.values()), loss, loss if exact else bound)
 
 
 def _useful(choices: Sequence[Option]) -> list[Option]:
@@ -88,7 +99,7 @@ def _walk_hulls(useful: list[list[Option]], room: int) -> tuple[list[int], float
     steps = []
     for tensor, choices in enumerate(useful):
         corners = _hull(choices)
-        for before, after in zip(corners, corners[1:], strict=False):
+        for before, after in pairwise(corners):
             grown, saved = choices[after].bytes - choices[before].bytes, choices[before].loss - choices[after].loss
             steps.append((-saved / grown, tensor, after, grown, saved))
     taken, stuck = [0] * len(useful), set[int]()
@@ -118,11 +129,12 @@ def _hull(choices: list[Option]) -> list[int]:
     return corners
 
 
-def _dynamic(useful: list[list[Option]], room: int) -> list[int]:
-    """The best choice with bytes counted in whole steps, over those of the smallest options."""
+def _dynamic(useful: list[list[Option]], room: int) -> tuple[list[int], bool]:
+    """The best choice with bytes counted in steps, over those of the smallest options, and whether steps are exact."""
     grown = [[o.bytes - choices[0].bytes for o in choices] for choices in useful]
     room = min(room, sum(row[-1] for row in grown))
-    step = max(reduce(gcd, (n for row in grown for n in row), 0), -(-room // STEPS), 1)
+    divisor = max(1, reduce(gcd, (n for row in grown for n in row), 0))
+    step = max(divisor, -(-room // STEPS))
     width = room // step + 1
     best, decided = np.zeros(width), []
     for choices, row in zip(useful, grown, strict=True):
@@ -137,4 +149,4 @@ def _dynamic(useful: list[list[Option]], room: int) -> list[int]:
     for tensor in reversed(range(len(useful))):
         taken[tensor] = int(decided[tensor][at])
         at -= -(-grown[tensor][taken[tensor]] // step)
-    return taken
+    return taken, step == divisor

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from phi3edge import __version__, manifest, recipes
+from phi3edge.budget import Budget
+from phi3edge.budget_plan import SEQUENCES, TOKENS, budget_recipe, find_budget, plan_within, require_room
 from phi3edge.checkpoint import SMALL_FILES
 from phi3edge.emitters import FILES, Job, open_emitter
 from phi3edge.errors import MissingExtraError, OutputError, UnsupportedError, UsageError
@@ -23,6 +25,7 @@ from phi3edge.genai_folder import is_genai
 from phi3edge.plan import (
     Fit,
     choose_context,
+    chosen_tensors,
     estimate_fit,
     make_plan,
     require_fit,
@@ -56,7 +59,7 @@ NOT_RUN = (
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A plan for a target, and what should be known about it before it is carried out."""
+    """A plan for a target, and what should be known about it before it is carried out; the budget that it must keep."""
 
     plan: QuantPlan
     recipe: Recipe
@@ -65,6 +68,7 @@ class Prepared:
     format: Format
     fit: Fit
     notes: list[str]
+    budget: Budget | None = None
 
     @property
     def runtime(self) -> Runtime:
@@ -96,16 +100,26 @@ def prepare(
     context: int | None = None,
     format_: Format | None = None,
     kv_cache: str | None = None,
+    budget: Budget | None = None,
+    calibration: str | None = None,
+    device: str = "cpu",
     stages: Stages = silent,
 ) -> Prepared:
-    """Plan an export from the config alone: no weights are read.
+    """Plan an export: from the config alone, or under a budget, which is filled by what rounding costs the weights.
 
     Raises:
         Phi3EdgeError: an unknown name, a config that is not supported, a format that the target does not take.
     """
     with reporting(stages) as report:
-        spec = resolve_spec(name, report)
-    return prepare_spec(spec, target, recipe, context, format_, kv_cache)
+        ready = prepare_spec(resolve_spec(name, report), target, recipe, context, format_, kv_cache, budget)
+        if ready.budget is None:
+            return ready
+        source = resolve(name, report)
+    with source:
+        spec = parse_config(source.config, source.generation_config, source.name)
+        source.check(spec)
+        ready = prepare_spec(spec, target, recipe, context, format_, kv_cache, budget)
+        return fill_budget(ready, source, calibration, device, stages)
 
 
 def prepare_spec(
@@ -115,22 +129,75 @@ def prepare_spec(
     context: int | None = None,
     format_: Format | None = None,
     kv_cache: str | None = None,
+    budget: Budget | None = None,
 ) -> Prepared:
-    """Plan an export of a model that is already read; see `prepare`."""
+    """Plan an export of a model that is already read; see `prepare`. Under a budget the plan is not filled yet."""
     target_name, device = load_target(target)
     [chosen] = formats_of(target, format_, recipe)
     if kv_cache is not None:
         device = with_kv_cache(device, chosen, kv_cache)
-    recipe_name, mix = load_recipe(recipe or device.formats[chosen].recipe)
+    default = budget_recipe(chosen) if budget else device.formats[chosen].recipe
+    recipe_name, mix = load_recipe(recipe or default)
     if chosen not in mix.formats:
         raise UnsupportedError(
             f"recipe {recipe_name} is for {', '.join(mix.formats)}; target {target_name} takes {chosen}"
         )
+    budget = find_budget(recipe_name, mix, budget)
+    if budget:
+        require_room(budget, spec, recipe_name, mix, device, chosen)
     tokens = choose_context(spec, device, chosen, context)
     plan = make_plan(spec, recipe_name, mix)
     require_kernels(plan, target_name, device, chosen)
     fit, notes = estimate_fit(plan, device, chosen, tokens), warnings(plan, device, chosen, tokens)
-    return Prepared(plan, mix, target_name, device, chosen, fit, notes)
+    return Prepared(plan, mix, target_name, device, chosen, fit, notes, budget)
+
+
+def fill_budget(
+    ready: Prepared,
+    source: Checkpoint,
+    calibration: str | None = None,
+    device: str = "cpu",
+    stages: Stages = silent,
+    split_max_size: int | None = None,
+) -> Prepared:
+    """Choose each tensor's codec under the budget of a plan that has one; see phi3edge.budget_plan.
+
+    Raises:
+        Phi3EdgeError: see the subclasses.
+    """
+    require_quantizers()
+    from phi3edge.calibration import calibration_text
+    from phi3edge.reference import require_reference
+
+    require_reference()
+    assert ready.budget is not None
+    spec, context = ready.plan.model, ready.fit.context
+    tokens = min(TOKENS, spec.context_length)
+    text = calibration_text(calibration, source.path, spec, SEQUENCES, tokens, device=device, stages=stages)
+    scales = None
+    if ready.runtime.kv_cache == "int8":  # its calibrated scales take as many bytes as any
+        blank = np.ones((spec.layers, spec.kv_heads, spec.head_dim), np.float32)
+        scales = KVScales(blank, blank)
+
+    def measure(plan: QuantPlan) -> int:
+        job = Job(plan, ready.recipe, source, ready.runtime, context, source.name, split_max_size, scales)
+        return open_emitter(ready.format, job).total_bytes
+
+    plan, said = plan_within(
+        ready.budget,
+        source,
+        spec,
+        ready.plan.recipe,
+        ready.recipe,
+        ready.target,
+        ready.format,
+        measure,
+        text,
+        device,
+        stages,
+    )
+    fit = estimate_fit(plan, ready.target, ready.format, context)
+    return replace(ready, plan=plan, fit=fit, notes=[*warnings(plan, ready.target, ready.format, context), said])
 
 
 def export(
@@ -143,6 +210,9 @@ def export(
     kv_cache: str | None = None,
     out: Path | None = None,
     split_max_size: int | None = None,
+    budget: Budget | None = None,
+    calibration: str | None = None,
+    device: str = "cpu",
     force: bool = False,
     threads: int | None = None,
     stages: Stages = silent,
@@ -160,6 +230,9 @@ def export(
         kv_cache: type of the KV cache; None for the target's. "int8", for ONNX, is calibrated on the reference.
         out: folder to write; None for dist/<model>-<target>.
         split_max_size: largest file in bytes; None for the target's own limit.
+        budget: what the artifact may take; None for the recipe's own, if it has one.
+        calibration: the text that predicts what rounding costs; see phi3edge.calibration.
+        device: where that is computed.
         force: write a plan that does not fit, and replace an earlier artifact.
         threads: worker threads; None for one per usable core.
         stages: shows progress.
@@ -170,8 +243,8 @@ def export(
     require_quantizers()
     with reporting(stages) as report:
         # from the config: what will be refused is refused before gigabytes are fetched
-        ready = prepare_spec(resolve_spec(name, report), target, recipe, context, format_, kv_cache)
-        if not force:
+        ready = prepare_spec(resolve_spec(name, report), target, recipe, context, format_, kv_cache, budget)
+        if not force and ready.budget is None:
             require_fit(ready.plan, ready.fit, ready.target_name, ready.target, ready.format)
         folder = out or default_folder(ready)
         require_free(folder, force)
@@ -179,8 +252,12 @@ def export(
     with source:
         spec = parse_config(source.config, source.generation_config, source.name)
         source.check(spec)
-        ready = prepare_spec(spec, target, recipe, context, format_, kv_cache)
+        ready = prepare_spec(spec, target, recipe, context, format_, kv_cache, budget)
         limit = split_max_size or (ready.target.files.max_bytes if ready.target.files else None)
+        if ready.budget:
+            ready = fill_budget(ready, source, calibration, device, stages, limit)
+            if not force:
+                require_fit(ready.plan, ready.fit, ready.target_name, ready.target, ready.format)
         imported = any(t.method == "imported" for t in ready.plan.tensors)  # then the recipe says little
         name_ = source.name if imported else f"{source.name}-{ready.plan.recipe}"
         scales = calibrate_cache(source.path, stages) if ready.runtime.kv_cache == "int8" else None
@@ -193,6 +270,9 @@ def export(
                 closing(quantize(source, ready.plan, threads)) as stream,
             ):
                 files = emitter.emit(stream, partial, advance)
+            taken = sum(f.bytes for f in files)
+            if ready.budget and ready.budget.bytes is not None and taken > ready.budget.bytes:
+                raise RuntimeError(f"the files take {taken} bytes, over their budget of {ready.budget.bytes}")
             notes = [*ready.notes, *emitter.notes]
             written = [{"name": f.path.name, "bytes": f.bytes, "sha256": f.sha256} for f in files]
             inputs = _describe_inputs(source, stages)
@@ -212,6 +292,9 @@ def export_formats(
     kv_cache: str | None = None,
     out: Path | None = None,
     split_max_size: int | None = None,
+    budget: Budget | None = None,
+    calibration: str | None = None,
+    device: str = "cpu",
     force: bool = False,
     threads: int | None = None,
     stages: Stages = silent,
@@ -223,8 +306,8 @@ def export_formats(
     with reporting(stages) as report:
         spec = resolve_spec(name, report)
     for format_ in formats:  # what will be refused is refused before the first one is made
-        ready = prepare_spec(spec, target, recipe, context, format_, kv_cache)
-        if not force:
+        ready = prepare_spec(spec, target, recipe, context, format_, kv_cache, budget)
+        if not force and ready.budget is None:
             require_fit(ready.plan, ready.fit, ready.target_name, ready.target, format_)
     folder = out or default_folder(ready)
     with new_folder(folder, lambda: require_free(folder, force)) as partial:
@@ -238,6 +321,9 @@ def export_formats(
                 kv_cache=kv_cache,
                 out=partial / format_,
                 split_max_size=split_max_size,
+                budget=budget,
+                calibration=calibration,
+                device=device,
                 force=force,
                 threads=threads,
                 stages=stages,
@@ -513,6 +599,7 @@ def _manifest(
         "plan": {
             "bits_per_weight": round(ready.plan.bits_per_weight, 4),
             "weight_bytes": ready.plan.weight_bytes,
+            "predicted_kl": ready.plan.predicted_kl,
             "roles": [
                 {
                     "role": r.role,
@@ -521,9 +608,11 @@ def _manifest(
                     "method": r.method,
                     "tensors": r.tensors,
                     "bytes": r.bytes,
+                    "predicted_kl": r.predicted_kl,
                 }
                 for r in summarize(ready.plan)
             ],
+            "chosen": chosen_tensors(ready.plan),
         },
         "notes": notes,
         "seed": None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from phi3edge.codecs import codec, codec_names, is_float, row_bytes
@@ -10,7 +11,7 @@ from phi3edge.prequantized import exact_codec
 from phi3edge.providers import codecs_for, load_provider
 from phi3edge.recipes import Recipe, shipped_recipes
 from phi3edge.targets import KV_BYTES, Format, Runtime, Target
-from phi3edge.types import JSON, ROLES, ModelSpec, QuantPlan, TensorPlan, TensorSpec
+from phi3edge.types import JSON, ROLES, ModelSpec, Option, QuantPlan, TensorPlan, TensorSpec, total_kl
 from phi3edge.units import size
 
 MICRO_BATCH = 512
@@ -26,18 +27,27 @@ RUNTIME_BYTES = 64 * 2**20
 """What a runtime takes besides weights, KV cache and scratch: code, vocabulary, graph. Measured near 50 MiB."""
 
 
-def make_plan(model: ModelSpec, name: str, recipe: Recipe) -> QuantPlan:
+def make_plan(model: ModelSpec, name: str, recipe: Recipe, choices: Mapping[str, Option] | None = None) -> QuantPlan:
     """Choose a codec and method for every tensor of a model.
+
+    Args:
+        model: what is planned.
+        name: of the recipe.
+        recipe: says the codecs and the method.
+        choices: what a byte budget chose, by tensor name; the recipe's own codec for the others.
 
     Raises:
         ConfigError: a row that neither the recipe's codec nor its declared fallbacks can hold.
         UnsupportedError: codes of the checkpoint that no codec of the recipe's format can hold as they are.
     """
-    return QuantPlan(model, name, tuple(_plan_tensor(t, model, name, recipe) for t in model.tensors))
+    found = choices or {}
+    return QuantPlan(model, name, tuple(_plan_tensor(t, model, name, recipe, found.get(t.name)) for t in model.tensors))
 
 
-def _plan_tensor(tensor: TensorSpec, model: ModelSpec, name: str, recipe: Recipe) -> TensorPlan:
-    wanted = recipe.wanted(tensor, model.layers, model.tied)
+def _plan_tensor(
+    tensor: TensorSpec, model: ModelSpec, name: str, recipe: Recipe, choice: Option | None = None
+) -> TensorPlan:
+    wanted = choice.codec if choice else recipe.wanted(tensor, model.layers, model.tied)
     columns = tensor.shape[-1]
     if tensor.grid is not None and not is_float(wanted):
         chosen = wanted = exact_codec(tensor.grid, codec(wanted).FORMATS[0])
@@ -51,7 +61,37 @@ def _plan_tensor(tensor: TensorSpec, model: ModelSpec, name: str, recipe: Recipe
         method=method,
         bytes=tensor.size // columns * row_bytes(chosen, columns),
         wanted=None if chosen == wanted else wanted,
+        predicted_kl=choice.loss if choice else None,
     )
+
+
+def budget_codecs(
+    model: ModelSpec, name: str, recipe: Recipe, target: Target, format_: Format
+) -> dict[str, tuple[str, ...]]:
+    """The codecs that a byte budget may choose from, by tensor name; of what it leaves alone, none.
+
+    They are those of the recipe's [budget] that the target's runtime has kernels for, and their fallbacks where they do
+    not hold a tensor's rows. Norms, and linears that keep the checkpoint's own integers, are left alone.
+
+    Raises:
+        ConfigError: no codec is left for a tensor.
+    """
+    assert recipe.budget is not None
+    found = {}
+    for tensor in model.tensors:
+        if tensor.role.endswith("norm") or tensor.grid is not None:
+            continue
+        known = known_codecs(tensor.role, model, target.formats[format_], format_)
+        rule = recipe.budget.codecs_of(tensor.role, model.tied)
+        held = dict.fromkeys(recipe.resolve(name, codec_, tensor) for codec_ in rule)
+        found[tensor.name] = tuple(codec_ for codec_ in held if codec_ in known)
+        if not found[tensor.name]:
+            raise ConfigError(
+                f"recipe {name}: {target.formats[format_].name} has no kernel for any codec that its [budget] has for "
+                f"{tensor.role}",
+                f"codecs there: {', '.join(known)}",
+            )
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +105,7 @@ class RoleSummary:
     tensors: int
     weights: int
     bytes: int
+    predicted_kl: float | None
 
     @property
     def bits_per_weight(self) -> float:
@@ -78,7 +119,7 @@ def summarize(plan: QuantPlan) -> list[RoleSummary]:
     for t in plan.tensors:
         groups.setdefault((t.tensor.role, t.codec, t.wanted, t.method), []).append(t)
     rows = [
-        RoleSummary(*key, len(group), sum(t.tensor.size for t in group), sum(t.bytes for t in group))
+        RoleSummary(*key, len(group), sum(t.tensor.size for t in group), sum(t.bytes for t in group), total_kl(group))
         for key, group in groups.items()
     ]
     return sorted(rows, key=lambda row: (ROLES.index(row.role), -row.bytes))
@@ -204,14 +245,18 @@ def require_kernels(plan: QuantPlan, target_name: str, target: Target, format_: 
     """
     runtime, model = target.formats[format_], plan.model
     for role, name in dict.fromkeys((t.tensor.role, t.codec) for t in plan.tensors):
-        known = runtime.codecs or [n for n in codec_names() if format_ in codec(n).FORMATS]
-        if format_ == "onnx":
-            known = codecs_for(runtime.provider, role, known, model.tied)
+        known = known_codecs(role, model, runtime, format_)
         if name not in known and not (is_float(name) and role.endswith("norm")):
             raise UnsupportedError(
                 f"recipe {plan.recipe} has codec {name} for role {role}; {runtime.name} has no kernel for it",
                 f"codecs there: {', '.join(known)}; recipe of target {target_name}: {runtime.recipe}",
             )
+
+
+def known_codecs(role: str, model: ModelSpec, runtime: Runtime, format_: Format) -> list[str]:
+    """Those codecs that a runtime has kernels for, for a role of a model."""
+    known = list(runtime.codecs) or [n for n in codec_names() if format_ in codec(n).FORMATS]
+    return codecs_for(runtime.provider, role, known, model.tied) if format_ == "onnx" else known
 
 
 def warnings(plan: QuantPlan, target: Target, format_: Format, context: int) -> list[str]:
@@ -254,7 +299,7 @@ def require_fit(plan: QuantPlan, fit: Fit, target_name: str, target: Target, for
     if fit.largest_context >= 256:
         options.append(f"--context {fit.largest_context // 256 * 256}")
     for name, recipe in shipped_recipes().items():
-        if name != plan.recipe and format_ in recipe.formats:
+        if name != plan.recipe and format_ in recipe.formats and recipe.budget is None:
             try:
                 other = make_plan(plan.model, name, recipe)
             except (ConfigError, UnsupportedError):  # it cannot hold this checkpoint: no option
@@ -269,12 +314,23 @@ def require_fit(plan: QuantPlan, fit: Fit, target_name: str, target: Target, for
     )
 
 
+def chosen_tensors(plan: QuantPlan) -> list[JSON]:
+    """What a byte budget chose, tensor by tensor; empty without one."""
+    return [
+        {"name": t.tensor.name, "codec": t.codec, "bytes": t.bytes, "predicted_kl": t.predicted_kl}
+        for t in plan.tensors
+        if t.predicted_kl is not None
+    ]
+
+
 def to_json(plan: QuantPlan, fit: Fit) -> JSON:
     """The plan and its fit as plain data, for --json and the manifest."""
     return {
         "recipe": plan.recipe,
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "weight_bytes": plan.weight_bytes,
+        "predicted_kl": plan.predicted_kl,
         "roles": [{**asdict(row), "bits_per_weight": round(row.bits_per_weight, 4)} for row in summarize(plan)],
+        "chosen": chosen_tensors(plan),
         "fit": {**asdict(fit), "total": fit.total, "fits": fit.fits, "estimate": True},
     }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from phi3edge import _toml
-from phi3edge._toml import Strict
+from phi3edge._toml import Size, Strict
 from phi3edge.codecs import codec_names, holds, is_float
 from phi3edge.errors import ConfigError
 from phi3edge.registry import did_you_mean
@@ -85,6 +85,42 @@ class Upgrade(Strict):
         return value
 
 
+class BudgetRule(Strict):
+    """What a byte budget may choose from: one codec for each linear, embedding and head.
+
+    Attributes:
+        codecs: the codecs that any of them may take; where they do not hold its rows, their fallbacks.
+        roles: another choice for some roles; "tied" for an embedding that is also the head.
+        size: the budget where none is given: bytes of the whole artifact.
+    """
+
+    codecs: tuple[str, ...] = Field(min_length=1)
+    roles: dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] = {}
+    size: Size | None = None
+
+    @field_validator("codecs", "roles")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        for name in value if isinstance(value, tuple) else [n for names in value.values() for n in names]:
+            _known_codec(name)
+        return value
+
+    @field_validator("roles")
+    @classmethod
+    def _chosen_roles(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        known = (*(role for role in ROLES if group(role) == "linear"), "tied")
+        for role in value:
+            if role not in known:
+                raise ValueError(f"unknown role {role!r}; {did_you_mean(role, known)}")
+        return value
+
+    def codecs_of(self, role: str, tied: bool) -> tuple[str, ...]:
+        """The codecs that a role may take; a tied embedding is also the head: "tied"'s or the head's."""
+        if role == "embedding" and tied:
+            return self.roles.get("tied") or self.roles.get("head") or self.codecs
+        return self.roles.get(role, self.codecs)
+
+
 class Recipe(Strict):
     """A recipe file.
 
@@ -94,6 +130,7 @@ class Recipe(Strict):
         upgrades: exceptions by role and layer; the last one that applies wins.
         fallback: codec to the codec that is taken where a row is not whole blocks of it.
         gguf_file_type: the number that llama.cpp shows for this mix (`general.file_type`).
+        budget: what a byte budget chooses from, in place of `codecs`; None for a recipe that is no mix by budget.
     """
 
     summary: str
@@ -103,6 +140,7 @@ class Recipe(Strict):
     codecs: dict[str, str]
     upgrades: tuple[Upgrade, ...] = ()
     fallback: dict[str, str] = {}
+    budget: BudgetRule | None = None
 
     @field_validator("codecs", "fallback")
     @classmethod

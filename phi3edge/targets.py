@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 
 from phi3edge import _toml
-from phi3edge._toml import Strict
+from phi3edge._toml import Size, Strict
 from phi3edge.codecs import codec_names
-from phi3edge.errors import UsageError
 from phi3edge.registry import did_you_mean
-from phi3edge.units import parse_size
 
 Format = Literal["gguf", "onnx"]
 
@@ -25,24 +23,12 @@ KV_TYPES = {"gguf": ("f32", "f16", "q8_0", "q4_0"), "onnx": ("f32", "f16", "int8
 """Types that a KV cache can have, by format."""
 
 
-def _size(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return parse_size(value)
-    except UsageError as error:
-        raise ValueError(f"{error.message}; {error.hint}") from None
-
-
 def _known_codecs(value: tuple[str, ...]) -> tuple[str, ...]:
     """For a validator: refuses a codec that does not exist."""
     for name in value:
         if name not in codec_names():
             raise ValueError(f"unknown codec {name!r}; {did_you_mean(name, codec_names())}")
     return value
-
-
-Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
 
 
 class Memory(Strict):

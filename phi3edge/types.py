@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +129,7 @@ class TensorPlan:
         method: how it is rounded: "rtn", "cast" for float codecs, or "imported": not at all.
         bytes: size of its packed data.
         wanted: the codec that the recipe named, where its declared fallback was taken instead; else None.
+        predicted_kl: what the codec is predicted to cost, in nats per token, where a byte budget chose it; else None.
     """
 
     tensor: TensorSpec
@@ -135,6 +137,13 @@ class TensorPlan:
     method: str
     bytes: int
     wanted: str | None = None
+    predicted_kl: float | None = None
+
+
+def total_kl(tensors: Iterable[TensorPlan]) -> float | None:
+    """The sum of what is predicted for some tensors, in nats per token; None if nothing is."""
+    known = [t.predicted_kl for t in tensors if t.predicted_kl is not None]
+    return sum(known) if known else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +163,11 @@ class QuantPlan:
     def bits_per_weight(self) -> float:
         """Packed bits over number of weights."""
         return 8 * self.weight_bytes / self.model.parameters
+
+    @property
+    def predicted_kl(self) -> float | None:
+        """What rounding is predicted to cost, in nats per token, where a byte budget chose the codecs; else None."""
+        return total_kl(self.tensors)
 
 
 @dataclass(frozen=True, slots=True)

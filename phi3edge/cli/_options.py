@@ -5,6 +5,10 @@ from typing import Annotated
 
 import typer
 
+from phi3edge.budget import Budget
+from phi3edge.errors import UsageError
+from phi3edge.units import parse_size
+
 CheckpointArg = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="org/name[@revision] on the hub, a local folder, or 'demo'.")
 ]
@@ -30,3 +34,29 @@ TextOption = Annotated[
 ChunksOption = Annotated[
     int, typer.Option("--chunks", min=1, help="Chunks of 512 tokens to evaluate on; more is slower and more exact.")
 ]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--budget", help="Bytes of the whole artifact, e.g. 1.8GiB: chooses each tensor's codec by its predicted KL."
+    ),
+]
+BitsOption = Annotated[
+    float | None, typer.Option("--bits-per-weight", help="The same for the weights alone, in bits each, e.g. 4.25.")
+]
+
+
+def parse_budget(size: str | None, bits_per_weight: float | None) -> Budget | None:
+    """The budget that two options mean, if any.
+
+    Raises:
+        UsageError: both, or something that is no size.
+    """
+    if size is not None and bits_per_weight is not None:
+        raise UsageError("--budget and --bits-per-weight are two ways to say one thing", "give one of them")
+    if size is not None:
+        return Budget(bytes=parse_size(size))
+    if bits_per_weight is None:
+        return None
+    if not 0 < bits_per_weight <= 32:
+        raise UsageError(f"--bits-per-weight {bits_per_weight:g}: expected more than 0, at most 32")
+    return Budget(bits_per_weight=bits_per_weight)

@@ -9,6 +9,8 @@ import typer
 
 from phi3edge import build
 from phi3edge.cli._options import (
+    BitsOption,
+    BudgetOption,
     CheckpointArg,
     ChunksOption,
     ContextOption,
@@ -19,6 +21,7 @@ from phi3edge.cli._options import (
     TargetOption,
     TextOption,
     ThreadsOption,
+    parse_budget,
 )
 from phi3edge.cli._output import note, print_json, progress, say
 from phi3edge.cli.validate import run_validation, show, to_data
@@ -45,7 +48,8 @@ def export(
     split_max_size: Annotated[
         str | None, typer.Option("--split-max-size", help="Largest file, e.g. 1.5GB; default: the target's limit.")
     ] = None,
-    budget: Annotated[str | None, typer.Option("--budget", help="A size to fill. Not in this version.")] = None,
+    budget: BudgetOption = None,
+    bits_per_weight: BitsOption = None,
     device: Annotated[
         str, typer.Option("--device", help="Where weights are rounded: cpu. Not in this version: cuda.")
     ] = "cpu",
@@ -65,7 +69,7 @@ def export(
     Examples: `phi3edge export demo --target iphone`,
     `phi3edge export microsoft/Phi-3-mini-4k-instruct --target android --recipe q4_0 --no-validate`
     """
-    refuse_what_is_to_come(method, budget, device)
+    refuse_what_is_to_come(method, device)
     formats = build.formats_of(target, format_, recipe)
     if validation:
         build.require_validation(target, formats, text)
@@ -75,6 +79,7 @@ def export(
         "kv_cache": kv_cache,
         "out": out,
         "split_max_size": parse_size(split_max_size) if split_max_size is not None else None,
+        "budget": parse_budget(budget, bits_per_weight),
         "force": force,
         "threads": threads,
     }
@@ -124,15 +129,11 @@ def describe(made: build.Exported) -> JSON:
     }
 
 
-def refuse_what_is_to_come(method: str, budget: str | None, device: str) -> None:
+def refuse_what_is_to_come(method: str, device: str) -> None:
     """Raise UnsupportedError for options whose meaning is fixed, but whose work this version cannot do."""
     if method in METHODS_TO_COME:
         raise UnsupportedError(f"--method {method} needs calibration, which this version does not have", "--method rtn")
     if method != "rtn":
         raise UnsupportedError(f"unknown method {method!r}", "--method rtn")
-    if budget is not None:
-        raise UnsupportedError(
-            "--budget: this version cannot choose codecs by size", "choose a recipe: phi3edge recipes"
-        )
     if device != "cpu":
         raise UnsupportedError(f"--device {device}: this version computes on the CPU only", "--device cpu")

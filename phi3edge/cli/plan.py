@@ -10,6 +10,8 @@ from rich.text import Text
 
 from phi3edge.build import Prepared, formats_of, prepare
 from phi3edge.cli._options import (
+    BitsOption,
+    BudgetOption,
     CheckpointArg,
     ContextOption,
     FormatsOption,
@@ -17,6 +19,7 @@ from phi3edge.cli._options import (
     KVCacheOption,
     RecipeOption,
     TargetOption,
+    parse_budget,
 )
 from phi3edge.cli._output import print_json, progress, stdout, table
 from phi3edge.plan import require_fit, summarize, to_json
@@ -30,19 +33,26 @@ def plan(
     context: ContextOption = None,
     kv_cache: KVCacheOption = None,
     format_: FormatsOption = None,
+    budget: BudgetOption = None,
+    bits_per_weight: BitsOption = None,
     force: Annotated[bool, typer.Option("--force", help="Exit code 0 even if it does not fit.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what an export would write and whether it fits the target. Reads config.json only, no weights.
 
+    Under a budget it reads the weights too, and finds out what rounding costs each; the export uses that again.
+
     Exit code 2 if it does not fit (0 with --force). With --format both, --json is a list of two plans.
 
     Examples: `phi3edge plan demo --target iphone`,
-    `phi3edge plan microsoft/Phi-3-mini-4k-instruct --target android --format onnx --context 1024`
+    `phi3edge plan microsoft/Phi-3-mini-4k-instruct --target android --format onnx --context 1024`,
+    `phi3edge plan demo --budget 120MB`
     """
-    formats = formats_of(target, format_, recipe)
+    formats, limit = formats_of(target, format_, recipe), parse_budget(budget, bits_per_weight)
     with progress(quiet=as_json) as stages:
-        plans = [prepare(checkpoint, target, recipe, context, chosen, kv_cache, stages) for chosen in formats]
+        plans = [
+            prepare(checkpoint, target, recipe, context, chosen, kv_cache, limit, stages=stages) for chosen in formats
+        ]
     if as_json:
         documents = [{**describe(p), **to_json(p.plan, p.fit), "notes": p.notes} for p in plans]
         print_json(documents if len(documents) > 1 else documents[0])
@@ -78,10 +88,14 @@ def render(ready: Prepared) -> Group:
     head.append(f" for {ready.target_name}: {ready.target.summary}\n")
     head.append(f"{ready.format}", style="bold")
     head.append(f" for {ready.runtime.name}\n")
-    rows = table("role", "codec", "method", ">tensors", ">bits/weight", ">bytes")
+    predicted = plan.predicted_kl
+    rows = table(
+        "role", "codec", "method", ">tensors", ">bits/weight", ">bytes", ">" + "predicted KL" * bool(predicted)
+    )
     for row in summarize(plan):
         codec = f"{row.codec} [yellow](not {row.wanted})[/yellow]" if row.wanted else row.codec
-        rows.add_row(row.role, codec, row.method, str(row.tensors), f"{row.bits_per_weight:.2f}", size(row.bytes))
+        lost = "" if row.predicted_kl is None else f"{row.predicted_kl:.4f}"
+        rows.add_row(row.role, codec, row.method, str(row.tensors), f"{row.bits_per_weight:.2f}", size(row.bytes), lost)
     rows.add_row(
         "[bold]all[/bold]",
         "",
@@ -89,6 +103,7 @@ def render(ready: Prepared) -> Group:
         "",
         f"[bold]{plan.bits_per_weight:.2f}[/bold]",
         f"[bold]{size(plan.weight_bytes)}[/bold]",
+        "" if predicted is None else f"[bold]{predicted:.4f}[/bold]",
     )
 
     memory = table("memory (estimate)", ">bytes", "")

@@ -69,6 +69,11 @@ class Emitter(Protocol):
     notes: list[str]
     requires: dict[str, str]
 
+    @property
+    def total_bytes(self) -> int:
+        """What all files will take, at most."""
+        ...
+
     def emit(self, stream: Stream, folder: Path, on_bytes: Callable[[int], None] | None = None) -> list[WrittenFile]:
         """Write the artifact's files into an existing folder.
 

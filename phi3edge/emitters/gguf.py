@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
@@ -82,10 +82,28 @@ class Emitter:
         self._vocabulary = load_tokenizer(job.checkpoint.path, job.plan.model)
         self.notes = notes(job.plan.model, self._vocabulary)
 
+    @property
+    def total_bytes(self) -> int:
+        """What the files will take, headers included."""
+        job = self._job
+        shared = metadata(
+            job.plan,
+            job.checkpoint.source,
+            self._vocabulary,
+            file_type=self._file_type,
+            generation_config=job.checkpoint.generation_config,
+        )
+        headers = _headers(job.plan, shared, _shards(job.plan, shared, job.split_max_size))
+        return sum(map(len, headers)) + sum(_padded(t.bytes) for t in job.plan.tensors)
+
+    @property
+    def _file_type(self) -> int | None:
+        imported = any(t.method == "imported" for t in self._job.plan.tensors)  # then it is no mix that llama.cpp knows
+        return None if imported else self._job.recipe.gguf_file_type
+
     def emit(self, stream: Stream, folder: Path, on_bytes: Callable[[int], None] | None = None) -> list[WrittenFile]:
         """Write `<name>.gguf` or its parts; see `write`."""
         job = self._job
-        imported = any(t.method == "imported" for t in job.plan.tensors)  # then it is no mix that llama.cpp knows
         return write(
             job.plan,
             job.checkpoint.source,
@@ -93,7 +111,7 @@ class Emitter:
             stream,
             folder,
             job.name,
-            file_type=None if imported else job.recipe.gguf_file_type,
+            file_type=self._file_type,
             generation_config=job.checkpoint.generation_config,
             split_max_size=job.split_max_size,
             on_bytes=on_bytes,
@@ -155,12 +173,9 @@ def write(
     tensors = iter(stream)
     with ExitStack() as stack:
         files = []
-        for number, (shard, file_name) in enumerate(zip(shards, names, strict=True)):
+        for shard, header, file_name in zip(shards, _headers(plan, shared, shards), names, strict=True):
             file = stack.enter_context(PartialFile(folder / file_name))
-            header = io.BytesIO()
-            pairs = (shared if number == 0 else {}) | _split_keys(number, len(shards), len(plan.tensors))
-            write_header(header, pairs, [_record(t) for t in shard])
-            file.write(header.getbuffer())
+            file.write(header)
             for expected in shard:
                 _write_tensor(file, expected, tensors, on_bytes)
             file.close()
@@ -394,7 +409,9 @@ def _shards(plan: QuantPlan, shared: Metadata, limit: int | None) -> list[list[T
     """The plan's tensors by file, in order, each file filled as far as its limit allows."""
     if limit is None:
         return [list(plan.tensors)]
-    room = [limit - _header_size(plan, pairs) for pairs in (shared | _split_keys(0, 2, 0), _split_keys(0, 2, 0))]
+    room = [
+        limit - len(_header(pairs, plan.tensors)) for pairs in (shared | _split_keys(0, 2, 0), _split_keys(0, 2, 0))
+    ]
     largest = max(plan.tensors, key=lambda t: t.bytes)
     if _padded(largest.bytes) > min(room):
         raise UsageError(
@@ -412,10 +429,18 @@ def _shards(plan: QuantPlan, shared: Metadata, limit: int | None) -> list[list[T
     return [[tensor for _, tensor in group] for _, group in groupby(numbered, key=lambda pair: pair[0])]
 
 
-def _header_size(plan: QuantPlan, pairs: Metadata) -> int:
+def _headers(plan: QuantPlan, shared: Metadata, shards: list[list[TensorPlan]]) -> list[bytes]:
+    """Each file's header; the shared pairs are in the first."""
+    return [
+        _header((shared if number == 0 else {}) | _split_keys(number, len(shards), len(plan.tensors)), shard)
+        for number, shard in enumerate(shards)
+    ]
+
+
+def _header(pairs: Metadata, tensors: Sequence[TensorPlan]) -> bytes:
     header = io.BytesIO()
-    write_header(header, pairs, [_record(t) for t in plan.tensors])
-    return len(header.getbuffer())
+    write_header(header, pairs, [_record(t) for t in tensors])
+    return header.getvalue()
 
 
 def _padded(size: int) -> int:

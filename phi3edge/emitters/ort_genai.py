@@ -112,6 +112,19 @@ class Emitter:
         if problems := check_graph(read_nodes(self._model), self._provider):
             raise UnsupportedError(f"provider {self._provider} cannot run this graph: {problems[0]}")
 
+    @property
+    def total_bytes(self) -> int:
+        """What the files will take, at most: the model is counted with a place in a file for what stays in it."""
+        sections = [section for section, _ in self._tables]
+        sections += [s for pieces in self._pieces.values() for piece in pieces for s in piece.sections]
+        ends: dict[int | None, int] = {None: 0}
+        for section in sections:
+            if section.file is None:
+                ends[None] += section.bytes * len(section.values)
+            else:
+                ends[section.file] = max(ends.get(section.file, 0), section.offset + section.bytes)
+        return sum(ends.values()) + len(self._serialize()) + sum(map(len, self._small.values()))
+
     def emit(self, stream: Stream, folder: Path, on_bytes: Callable[[int], None] | None = None) -> list[WrittenFile]:
         """Write the folder's files; the model first in the result."""
         with ExitStack() as stack:
