@@ -314,7 +314,7 @@ class _Moments:
 
 
 def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+    return torch.from_numpy(np.array(values)).to(device)  # a copy: files are read-only
 
 
 def _key(checkpoint: Rewritten, plan: QuantPlan, text: CalibrationText, device: str) -> str:
