@@ -56,22 +56,23 @@ class Choice:
         return max(0.0, self.loss - self.bound) / self.loss if self.loss > 0 else 0.0
 
 
-def choose(options: Mapping[str, Sequence[Option]], limit: int) -> Choice:
+def choose(options: Mapping[str, Sequence[Option]], limit: int, besides: int = 0) -> Choice:
     """Choose an option for every tensor such that the sum of the losses is least within a limit of bytes.
 
     Args:
         options: of each tensor, at least one.
         limit: what all of them may take, in bytes.
+        besides: what of it is taken by other things.
 
     Raises:
         DoesNotFitError: the smallest options take more; the message says how much.
     """
     useful = [_useful(choices) for choices in options.values()]
-    least = sum(choices[0].bytes for choices in useful)
+    least = sum(choices[0].bytes for choices in useful) + besides
     if least > limit:
         raise DoesNotFitError(
-            f"the smallest codecs take {least} bytes ({size(least)}), the budget leaves {limit} ({size(limit)})",
-            f"allow {least - limit} bytes more, or a recipe with smaller codecs in its [budget]",
+            f"with the smallest codecs it takes {least} bytes ({size(least)}), the budget is {limit} ({size(limit)})",
+            f"allow {least - limit} bytes more, or take a recipe with smaller codecs in its [budget]",
         )
     taken, bound = _walk_hulls(useful, limit - least)
     best, exact = _dynamic(useful, limit - least)

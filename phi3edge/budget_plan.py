@@ -17,9 +17,10 @@ from phi3edge.types import ModelSpec, Option, QuantPlan
 if TYPE_CHECKING:
     from phi3edge.calibration import CalibrationText
     from phi3edge.checkpoint import Checkpoint
+    from phi3edge.rewrite import Rewritten
 
-SEQUENCES, TOKENS = 8, 256
-"""The text that losses are predicted on. Twice as much changes the sum by a few percent, and hardly any choice."""
+SEQUENCES, TOKENS = 16, 256
+"""The text that losses are predicted on."""
 
 _ROUNDS = 4  # of choosing codecs and counting what their files take besides the weights
 
@@ -58,12 +59,12 @@ def require_room(budget: Budget, spec: ModelSpec, name: str, recipe: Recipe, tar
     """
     tried = budget_codecs(spec, name, recipe, target, format_)
     options = _options(spec, {tensor: dict.fromkeys(codecs, 0.0) for tensor, codecs in tried.items()})
-    choose(options, _limit(budget, spec) - _left_alone(spec, name, recipe, options))
+    choose(options, _limit(budget, spec), _left_alone(spec, name, recipe, options))
 
 
 def plan_within(
     budget: Budget,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | Rewritten,
     spec: ModelSpec,
     name: str,
     recipe: Recipe,
@@ -78,7 +79,7 @@ def plan_within(
 
     Args:
         budget: the limit.
-        checkpoint: the opened checkpoint.
+        checkpoint: the opened checkpoint, in the basis in which it is rounded.
         spec: the model in it.
         name: of the recipe.
         recipe: one with a [budget].
@@ -106,7 +107,7 @@ def plan_within(
     besides = measure(plan) - plan.weight_bytes
     fitting: list[tuple[Choice, QuantPlan]] = []
     for _ in range(_ROUNDS):
-        choice = choose(options, limit - besides - alone)
+        choice = choose(options, limit, besides + alone)
         plan = make_plan(spec, name, recipe, choice.options)
         taken = measure(plan)
         if taken <= limit:

@@ -474,6 +474,7 @@ def validate_artifact(
         source=source.source,
         not_run=() if runtime.runs_here else (f"{runtime.name}: {NOT_RUN}",),
         keep=keep,
+        predicted_kl=said.get("plan", {}).get("predicted_kl"),
         stages=stages,
     )
     if described is None or checkpoint is not None or target_name != said["target"]:

@@ -43,6 +43,7 @@ METRICS = {
     "reference_ppl": Kind("perplexity of the reference", "max", ""),
     "ppl_ratio": Kind("perplexity / reference's", "max", ""),
     "kl_mean": Kind("KL, mean", "max", "nats"),
+    "kl_predicted": Kind("KL, mean, as planned", "max", "nats"),
     "kl_median": Kind("KL, median", "max", "nats"),
     "kl_p90": Kind("KL, 90th percentile", "max", "nats"),
     "kl_p99": Kind("KL, 99th percentile", "max", "nats"),

@@ -37,6 +37,7 @@ from phi3edge.types import ModelSpec
 
 if TYPE_CHECKING:
     from phi3edge.checkpoint import Checkpoint
+    from phi3edge.rewrite import Rewritten
 
 SAMPLED_ROWS = 128
 """Rows of a weight that each codec rounds."""
@@ -54,7 +55,7 @@ _LOGIT_TOKENS = 256  # computed at once: the widest array is of their logits
 
 
 def kept_losses(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | Rewritten,
     spec: ModelSpec,
     ids: np.ndarray,
     codecs: Mapping[str, Sequence[str]],
@@ -67,7 +68,9 @@ def kept_losses(
     Raises:
         OutputError: the cache cannot be written.
     """
-    said = repr((_VERSION, fingerprint(checkpoint.path), ids.shape, ids.tobytes(), sorted(codecs.items())))
+    basis = getattr(checkpoint, "basis", None)  # a checkpoint itself has none
+    tried = sorted((tensor, tuple(names)) for tensor, names in codecs.items())
+    said = repr((_VERSION, fingerprint(checkpoint.path), basis, ids.shape, ids.tobytes(), tried))
     kept = cache_dir() / "sensitivity" / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.json"
     if not kept.is_file():
         found = predict_losses(checkpoint, spec, ids, codecs, device, stages)
@@ -85,7 +88,7 @@ def kept_losses(
 
 
 def predict_losses(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | Rewritten,
     spec: ModelSpec,
     ids: np.ndarray,
     codecs: Mapping[str, Sequence[str]],
@@ -95,7 +98,7 @@ def predict_losses(
     """Predict the KL that each codec costs each tensor, rounded to nearest with a weighted search of its scales.
 
     Args:
-        checkpoint: the opened checkpoint.
+        checkpoint: the opened checkpoint, in the basis in which it is rounded.
         spec: the model.
         ids: token ids, int64, shape (sequences, tokens).
         codecs: the codecs to try, by the tensor's name; tensors without an entry are left out.
@@ -114,7 +117,7 @@ class _Run:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Checkpoint | Rewritten,
         spec: ModelSpec,
         ids: np.ndarray,
         codecs: Mapping[str, Sequence[str]],
@@ -221,7 +224,7 @@ class _Run:
         rows = table[tokens].numpy()
         for tried in self._codecs.get(name, ()):
             d = torch.from_numpy(_error(rows, tried, None))[places]
-            lost = JOINT * float((g * d).sum(1).square().sum()) / (2 * self._ids.size)
+            lost = JOINT * float((g * d).square().sum()) / (2 * self._ids.size)
             found.setdefault(name, {}).setdefault(tried, 0.0)
             found[name][tried] += lost
 

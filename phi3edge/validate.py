@@ -106,6 +106,7 @@ def validate(
     source: Source | None = None,
     not_run: Sequence[str] = (),
     keep: Path | None = None,
+    predicted_kl: float | None = None,
     stages: Stages = silent,
 ) -> Report:
     """Scores an artifact against the checkpoint it was made from.
@@ -126,6 +127,7 @@ def validate(
         not_run: what the figures do not show, for the report.
         keep: where to write the artifact's own log-probabilities of the scored rows, for `comparison.compare`:
             a .npy file, float16 of shape (chunks, rows, vocabulary).
+        predicted_kl: what its plan predicted, to stand beside what is measured.
         stages: shows progress.
 
     Returns:
@@ -183,6 +185,8 @@ def validate(
     }
     if memory is not None:
         metrics["peak_memory_bytes"] = Metric(value=memory)
+    if predicted_kl is not None:
+        metrics["kl_predicted"] = Metric(value=predicted_kl)
     judged = judge(metrics, limits)
     return Report(
         passed=all(gate.passed for gate in judged),
