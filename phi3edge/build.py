@@ -35,8 +35,9 @@ from phi3edge.plan import (
 )
 from phi3edge.progress import Stages, reporting, silent
 from phi3edge.quantize import quantize
-from phi3edge.recipes import Recipe, load_recipe
+from phi3edge.recipes import Recipe, load_recipe, with_method
 from phi3edge.registry import load
+from phi3edge.rounding import Rounding, basis_of, is_calibrated, require_rounding, round_weights
 from phi3edge.sources import resolve, resolve_spec
 from phi3edge.targets import KV_TYPES, Format, Runtime, Target, load_target
 from phi3edge.types import JSON, KVScales, ModelSpec, QuantPlan, Source
@@ -48,8 +49,12 @@ if TYPE_CHECKING:
 
 REPORT_NAME = "report.json"
 COMPARISON_NAME = "comparison.json"
+CALIBRATION_NAME = "calibration.npy"
+"""Token ids of the calibration text, int32 (sequences, tokens): what may never be evaluated on."""
 RUNNERS = {"gguf": "llama_cpp", "onnx": "ort_genai"}
 """The runner's file by format."""
+
+PLAIN = Rounding()
 
 NOT_RUN = (
     "its graph was checked against the operators and types that it documents; the same graph and weights ran here on "
@@ -101,8 +106,7 @@ def prepare(
     format_: Format | None = None,
     kv_cache: str | None = None,
     budget: Budget | None = None,
-    calibration: str | None = None,
-    device: str = "cpu",
+    rounding: Rounding = PLAIN,
     stages: Stages = silent,
 ) -> Prepared:
     """Plan an export: from the config alone, or under a budget, which is filled by what rounding costs the weights.
@@ -111,15 +115,16 @@ def prepare(
         Phi3EdgeError: an unknown name, a config that is not supported, a format that the target does not take.
     """
     with reporting(stages) as report:
-        ready = prepare_spec(resolve_spec(name, report), target, recipe, context, format_, kv_cache, budget)
+        spec = resolve_spec(name, report)
+        ready = prepare_spec(spec, target, recipe, context, format_, kv_cache, budget, rounding)
         if ready.budget is None:
             return ready
         source = resolve(name, report)
     with source:
         spec = parse_config(source.config, source.generation_config, source.name)
         source.check(spec)
-        ready = prepare_spec(spec, target, recipe, context, format_, kv_cache, budget)
-        return fill_budget(ready, source, calibration, device, stages)
+        ready = prepare_spec(spec, target, recipe, context, format_, kv_cache, budget, rounding)
+        return fill_budget(ready, source, rounding, stages)
 
 
 def prepare_spec(
@@ -130,6 +135,7 @@ def prepare_spec(
     format_: Format | None = None,
     kv_cache: str | None = None,
     budget: Budget | None = None,
+    rounding: Rounding = PLAIN,
 ) -> Prepared:
     """Plan an export of a model that is already read; see `prepare`. Under a budget the plan is not filled yet."""
     target_name, device = load_target(target)
@@ -142,12 +148,14 @@ def prepare_spec(
         raise UnsupportedError(
             f"recipe {recipe_name} is for {', '.join(mix.formats)}; target {target_name} takes {chosen}"
         )
+    mix = with_method(mix, rounding.method)
     budget = find_budget(recipe_name, mix, budget)
     if budget:
         require_room(budget, spec, recipe_name, mix, device, chosen)
     tokens = choose_context(spec, device, chosen, context)
     plan = make_plan(spec, recipe_name, mix)
     require_kernels(plan, target_name, device, chosen)
+    require_rounding(rounding, is_calibrated(plan))
     fit, notes = estimate_fit(plan, device, chosen, tokens), warnings(plan, device, chosen, tokens)
     return Prepared(plan, mix, target_name, device, chosen, fit, notes, budget)
 
@@ -155,8 +163,7 @@ def prepare_spec(
 def fill_budget(
     ready: Prepared,
     source: Checkpoint,
-    calibration: str | None = None,
-    device: str = "cpu",
+    rounding: Rounding = PLAIN,
     stages: Stages = silent,
     split_max_size: int | None = None,
 ) -> Prepared:
@@ -173,7 +180,9 @@ def fill_budget(
     assert ready.budget is not None
     spec, context = ready.plan.model, ready.fit.context
     tokens = min(TOKENS, spec.context_length)
-    text = calibration_text(calibration, source.path, spec, SEQUENCES, tokens, device=device, stages=stages)
+    text = calibration_text(
+        rounding.calibration, source.path, spec, SEQUENCES, tokens, device=rounding.device, stages=stages
+    )
     scales = None
     if ready.runtime.kv_cache == "int8":  # its calibrated scales take as many bytes as any
         blank = np.ones((spec.layers, spec.kv_heads, spec.head_dim), np.float32)
@@ -185,7 +194,7 @@ def fill_budget(
 
     plan, said = plan_within(
         ready.budget,
-        source,
+        basis_of(source, ready.plan, ready.runtime.kv_cache),
         spec,
         ready.plan.recipe,
         ready.recipe,
@@ -193,7 +202,7 @@ def fill_budget(
         ready.format,
         measure,
         text,
-        device,
+        rounding.device,
         stages,
     )
     fit = estimate_fit(plan, ready.target, ready.format, context)
@@ -211,8 +220,7 @@ def export(
     out: Path | None = None,
     split_max_size: int | None = None,
     budget: Budget | None = None,
-    calibration: str | None = None,
-    device: str = "cpu",
+    rounding: Rounding = PLAIN,
     force: bool = False,
     threads: int | None = None,
     stages: Stages = silent,
@@ -231,8 +239,7 @@ def export(
         out: folder to write; None for dist/<model>-<target>.
         split_max_size: largest file in bytes; None for the target's own limit.
         budget: what the artifact may take; None for the recipe's own, if it has one.
-        calibration: the text that predicts what rounding costs; see phi3edge.calibration.
-        device: where that is computed.
+        rounding: the method, and what it is calibrated on.
         force: write a plan that does not fit, and replace an earlier artifact.
         threads: worker threads; None for one per usable core.
         stages: shows progress.
@@ -243,7 +250,8 @@ def export(
     require_quantizers()
     with reporting(stages) as report:
         # from the config: what will be refused is refused before gigabytes are fetched
-        ready = prepare_spec(resolve_spec(name, report), target, recipe, context, format_, kv_cache, budget)
+        spec = resolve_spec(name, report)
+        ready = prepare_spec(spec, target, recipe, context, format_, kv_cache, budget, rounding)
         if not force and ready.budget is None:
             require_fit(ready.plan, ready.fit, ready.target_name, ready.target, ready.format)
         folder = out or default_folder(ready)
@@ -252,10 +260,10 @@ def export(
     with source:
         spec = parse_config(source.config, source.generation_config, source.name)
         source.check(spec)
-        ready = prepare_spec(spec, target, recipe, context, format_, kv_cache, budget)
+        ready = prepare_spec(spec, target, recipe, context, format_, kv_cache, budget, rounding)
         limit = split_max_size or (ready.target.files.max_bytes if ready.target.files else None)
         if ready.budget:
-            ready = fill_budget(ready, source, calibration, device, stages, limit)
+            ready = fill_budget(ready, source, rounding, stages, limit)
             if not force:
                 require_fit(ready.plan, ready.fit, ready.target_name, ready.target, ready.format)
         imported = any(t.method == "imported" for t in ready.plan.tensors)  # then the recipe says little
@@ -263,20 +271,23 @@ def export(
         scales = calibrate_cache(source.path, stages) if ready.runtime.kv_cache == "int8" else None
         job = Job(ready.plan, ready.recipe, source, ready.runtime, ready.fit.context, name_, limit, scales)
         emitter = open_emitter(ready.format, job)
+        rounded = round_weights(source, ready.plan, rounding, ready.runtime.kv_cache, stages)
         with new_folder(folder, lambda: require_free(folder, force)) as partial:
             with (
                 stages("quantize", ready.plan.weight_bytes) as advance,
                 source.each_read_once(spec),
-                closing(quantize(source, ready.plan, threads)) as stream,
+                closing(quantize(rounded.source, ready.plan, threads, rounded.rows, rounded.statistics)) as stream,
             ):
                 files = emitter.emit(stream, partial, advance)
             taken = sum(f.bytes for f in files)
             if ready.budget and ready.budget.bytes is not None and taken > ready.budget.bytes:
                 raise RuntimeError(f"the files take {taken} bytes, over their budget of {ready.budget.bytes}")
-            notes = [*ready.notes, *emitter.notes]
+            notes = [*ready.notes, *rounded.notes, *emitter.notes]
             written = [{"name": f.path.name, "bytes": f.bytes, "sha256": f.sha256} for f in files]
             inputs = _describe_inputs(source, stages)
-            content = _manifest(name, source.source, ready, written, inputs, notes, emitter.requires)
+            content = _manifest(name, source.source, ready, written, inputs, notes, emitter.requires, rounded.described)
+            if rounded.ids is not None:
+                np.save(partial / CALIBRATION_NAME, rounded.ids.astype(np.int32))
             manifest.write_json(partial / manifest.NAME, content)
     paths = [folder / f.path.name for f in files]
     return Exported(folder, paths[0], paths, ready, notes)
@@ -293,8 +304,7 @@ def export_formats(
     out: Path | None = None,
     split_max_size: int | None = None,
     budget: Budget | None = None,
-    calibration: str | None = None,
-    device: str = "cpu",
+    rounding: Rounding = PLAIN,
     force: bool = False,
     threads: int | None = None,
     stages: Stages = silent,
@@ -306,7 +316,7 @@ def export_formats(
     with reporting(stages) as report:
         spec = resolve_spec(name, report)
     for format_ in formats:  # what will be refused is refused before the first one is made
-        ready = prepare_spec(spec, target, recipe, context, format_, kv_cache, budget)
+        ready = prepare_spec(spec, target, recipe, context, format_, kv_cache, budget, rounding)
         if not force and ready.budget is None:
             require_fit(ready.plan, ready.fit, ready.target_name, ready.target, format_)
     folder = out or default_folder(ready)
@@ -322,8 +332,7 @@ def export_formats(
                 out=partial / format_,
                 split_max_size=split_max_size,
                 budget=budget,
-                calibration=calibration,
-                device=device,
+                rounding=rounding,
                 force=force,
                 threads=threads,
                 stages=stages,
@@ -531,7 +540,12 @@ def _not_ours(folder: Path) -> list[str]:
     """Names in a folder that are no part of an artifact of ours, sorted."""
     found = {path.name for path in folder.iterdir()}
     if manifest.NAME in found:
-        found -= {manifest.NAME, REPORT_NAME, *(entry["name"] for entry in manifest.read_manifest(folder)["files"])}
+        found -= {
+            manifest.NAME,
+            REPORT_NAME,
+            CALIBRATION_NAME,
+            *(entry["name"] for entry in manifest.read_manifest(folder)["files"]),
+        }
     parts = artifacts_in(folder)
     if parts:
         found -= {COMPARISON_NAME, *(part.name for part in parts)}
@@ -576,6 +590,7 @@ def _manifest(
     inputs: list[JSON],
     notes: list[str],
     requires: dict[str, str],
+    calibration: JSON,
 ) -> JSON:
     """What was made, from what, how. Holds nothing that differs between two runs on the same inputs."""
     spec = ready.plan.model
@@ -615,6 +630,7 @@ def _manifest(
             ],
             "chosen": chosen_tensors(ready.plan),
         },
+        "calibration": calibration or None,
         "notes": notes,
         "seed": None,
         "inputs": inputs,

@@ -28,6 +28,7 @@ from phi3edge.codecs import codec, is_float, row_bytes
 from phi3edge.errors import UnsupportedError
 from phi3edge.files import write_text
 from phi3edge.forward import LINEARS, Decoder, Weights, load_block, load_outer
+from phi3edge.methods import CALIBRATED
 from phi3edge.methods.gptq import DAMPING
 from phi3edge.progress import Stages, silent
 from phi3edge.reference import fingerprint
@@ -36,10 +37,8 @@ from phi3edge.types import JSON, QuantPlan, Statistics, TensorPlan
 
 if TYPE_CHECKING:
     from phi3edge.calibration import CalibrationText
+    from phi3edge.checkpoint import Checkpoint
     from phi3edge.rewrite import Rewritten
-
-CALIBRATED = ("gptq",)
-"""Methods whose weights are rounded here; the others round rows as they are written."""
 
 KEPT_BYTES = 16 * 10**9
 """What rounded models may take in the cache; the oldest go first. The newest stays whatever its size."""
@@ -80,7 +79,11 @@ class Rounded:
 
 
 def round_model(
-    checkpoint: Rewritten, plan: QuantPlan, text: CalibrationText, device: str = "cpu", stages: Stages = silent
+    checkpoint: Checkpoint | Rewritten,
+    plan: QuantPlan,
+    text: CalibrationText,
+    device: str = "cpu",
+    stages: Stages = silent,
 ) -> Rounded:
     """Round every tensor of a plan whose method is in CALIBRATED.
 
@@ -113,7 +116,9 @@ def round_model(
 class _Run:
     """One rounding: what is finished of it, and its files."""
 
-    def __init__(self, checkpoint: Rewritten, plan: QuantPlan, ids: np.ndarray, folder: Path, device: str) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint | Rewritten, plan: QuantPlan, ids: np.ndarray, folder: Path, device: str
+    ) -> None:
         self._checkpoint, self._plan, self._ids, self._folder = checkpoint, plan, ids, folder
         self._decoder = Decoder(plan.model, device)
         self._device = self._decoder.device
@@ -317,12 +322,11 @@ def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(np.array(values)).to(device)  # a copy: files are read-only
 
 
-def _key(checkpoint: Rewritten, plan: QuantPlan, text: CalibrationText, device: str) -> str:
+def _key(checkpoint: Checkpoint | Rewritten, plan: QuantPlan, text: CalibrationText, device: str) -> str:
     """Names a rounding by all that it depends on."""
     tensors = [(t.tensor.name, t.codec, t.method) for t in plan.tensors]
-    said = repr(
-        (_VERSION, fingerprint(checkpoint.path), checkpoint.basis, tensors, text.sha256, text.ids.shape, device)
-    )
+    basis = getattr(checkpoint, "basis", None)  # a checkpoint itself has none
+    said = repr((_VERSION, fingerprint(checkpoint.path), basis, tensors, text.sha256, text.ids.shape, device))
     return hashlib.sha256(said.encode()).hexdigest()[:32]
 
 

@@ -54,7 +54,7 @@ def _plan_tensor(
         method = "imported"
     else:
         chosen = recipe.resolve(name, wanted, tensor)
-        method = "cast" if is_float(chosen) else recipe.method
+        method = "cast" if is_float(chosen) else "rtn" if tensor.role == "embedding" else recipe.method
     return TensorPlan(
         tensor=tensor,
         codec=chosen,

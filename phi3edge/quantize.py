@@ -7,31 +7,47 @@ gives the chunks back in file order with a bounded number in flight, so memory d
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeAlias
 
 from phi3edge.codecs import codec
 from phi3edge.errors import UnsupportedError
 from phi3edge.machine import usable_cores
+from phi3edge.methods import CALIBRATED
 from phi3edge.registry import load
-from phi3edge.types import QuantPlan, TensorPlan
+from phi3edge.types import QuantPlan, Statistics, TensorPlan
 
 if TYPE_CHECKING:
     import numpy as np
 
     from phi3edge.checkpoint import Checkpoint
+    from phi3edge.rewrite import Rewritten
 
 CHUNK_WEIGHTS = 2**20
 """Weights of one chunk: 4 MiB as float32, which stays in a core's share of the cache."""
+
+Rows: TypeAlias = "Callable[[TensorPlan, int, int], np.ndarray]"
+"""rows(planned, start, stop): packed rows of a tensor that is rounded already, uint8 (rows, row bytes)."""
 
 PackedTensor: TypeAlias = "tuple[TensorPlan, Iterator[np.ndarray]]"
 
 
 def quantize(
-    checkpoint: Checkpoint, plan: QuantPlan, threads: int | None = None
+    checkpoint: Checkpoint | Rewritten,
+    plan: QuantPlan,
+    threads: int | None = None,
+    rounded: Rows | None = None,
+    statistics: Mapping[str, Statistics] | None = None,
 ) -> Generator[PackedTensor, None, None]:
     """Round and pack every tensor of a plan, in its order. Close the generator to end the threads before its end.
+
+    Args:
+        checkpoint: where weights are read.
+        plan: a codec and a method for every tensor.
+        threads: None for one per usable core.
+        rounded: gives the packed rows of tensors whose method was carried out before.
+        statistics: of the linears' inputs, by tensor name; what is missing is rounded without.
 
     Yields:
         A tensor's plan, and an iterator over its packed rows: uint8 arrays, in order. Take each tensor's rows to the
@@ -48,7 +64,7 @@ def quantize(
 
         def fill() -> None:
             while len(flying) < 2 * count and (item := next(work, None)):
-                flying.append(pool.submit(_pack_rows, checkpoint, *item))
+                flying.append(pool.submit(_pack_rows, checkpoint, rounded, statistics or {}, *item))
 
         def rows(chunks: int) -> Iterator[np.ndarray]:
             for _ in range(chunks):
@@ -70,11 +86,21 @@ def _chunks(t: TensorPlan) -> list[tuple[int, int]]:
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _pack_rows(checkpoint: Checkpoint, t: TensorPlan, start: int, stop: int) -> np.ndarray:
+def _pack_rows(
+    checkpoint: Checkpoint | Rewritten,
+    rounded: Rows | None,
+    statistics: Mapping[str, Statistics],
+    t: TensorPlan,
+    start: int,
+    stop: int,
+) -> np.ndarray:
     """Rows start to stop of a tensor, rounded and packed."""
+    if t.method in CALIBRATED:
+        assert rounded is not None
+        return rounded(t, start, stop)
     module, method = codec(t.codec), load("methods", t.method)
     read = checkpoint.codes if t.method == "imported" else checkpoint.rows
     try:
-        return module.pack(method.quantize(read(t.tensor.name, start, stop), module))
+        return module.pack(method.quantize(read(t.tensor.name, start, stop), module, statistics.get(t.tensor.name)))
     except UnsupportedError as error:
         raise UnsupportedError(f"tensor {t.tensor.name!r}: {error.message}", error.hint) from error

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from phi3edge import _toml
 from phi3edge._toml import Size, Strict
 from phi3edge.codecs import codec_names, holds, is_float
-from phi3edge.errors import ConfigError
+from phi3edge.errors import ConfigError, UsageError
 from phi3edge.registry import did_you_mean
 from phi3edge.types import ROLES, TensorSpec
 
+Method = Literal["rtn", "gptq"]
+METHODS = get_args(Method)
 GROUPS = ("linear", "norm")
 """Names in [codecs] that stand for several roles: every linear, every norm. A role's own name wins over its group."""
 
@@ -135,7 +137,7 @@ class Recipe(Strict):
 
     summary: str
     formats: tuple[Literal["gguf", "onnx"], ...]
-    method: Literal["rtn"] = "rtn"
+    method: Method = "rtn"
     gguf_file_type: int | None = Field(default=None, ge=0, lt=2**31)
     codecs: dict[str, str]
     upgrades: tuple[Upgrade, ...] = ()
@@ -213,6 +215,19 @@ def load_recipe(name: str) -> tuple[str, Recipe]:
         if not is_float(codec):
             raise ConfigError(f"recipe {stem}: role {role} has codec {codec}; norms stay in a float codec such as f32")
     return stem, recipe
+
+
+def with_method(recipe: Recipe, method: str | None) -> Recipe:
+    """The recipe with another method; None leaves its own.
+
+    Raises:
+        UsageError: an unknown method.
+    """
+    if method is None:
+        return recipe
+    if method not in METHODS:
+        raise UsageError(f"unknown method {method!r}", did_you_mean(method, METHODS))
+    return recipe.model_copy(update={"method": method})
 
 
 def shipped_recipes() -> dict[str, Recipe]:

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phi3edge.types import ModelSpec, TensorSpec
+from phi3edge.errors import UnsupportedError
+from phi3edge.types import ModelSpec, Quantized, TensorSpec
 
 if TYPE_CHECKING:
     from phi3edge.checkpoint import Checkpoint
@@ -68,6 +69,10 @@ class Rewritten:
         """A whole tensor, float32, in its own shape."""
         tensor = self._tensors[name]
         return self.rows(name, 0, tensor.shape[0] if len(tensor.shape) == 2 else 1).reshape(tensor.shape)
+
+    def codes(self, name: str, start: int, stop: int) -> Quantized:
+        """Integers of the checkpoint, which stay on their grid only in its own basis: there are none here."""
+        raise UnsupportedError(f"tensor {name!r} is on the checkpoint's own grid", "use --method rtn")
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of a tensor, float32 (rows, columns). May be called from several threads at once."""

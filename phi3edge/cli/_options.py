@@ -60,3 +60,19 @@ def parse_budget(size: str | None, bits_per_weight: float | None) -> Budget | No
     if not 0 < bits_per_weight <= 32:
         raise UsageError(f"--bits-per-weight {bits_per_weight:g}: expected more than 0, at most 32")
     return Budget(bits_per_weight=bits_per_weight)
+
+
+MethodOption = Annotated[
+    str | None,
+    typer.Option("--method", help="rtn: round to nearest; gptq: calibrated error feedback. Default: the recipe's."),
+]
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option("--calibration", help="self, python, self+python, a text file, or hub:ORG/NAME:FILE."),
+]
+SequencesOption = Annotated[int, typer.Option("--sequences", min=8, help="Of 512 tokens, to calibrate on.")]
+StatisticsOption = Annotated[
+    Path | None,
+    typer.Option("--statistics", help="For rtn: what `phi3edge calibrate` wrote, or an importance matrix (.gguf)."),
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="Where the model is calibrated: cpu or cuda.")]

@@ -11,13 +11,18 @@ from phi3edge import build
 from phi3edge.cli._options import (
     BitsOption,
     BudgetOption,
+    CalibrationOption,
     CheckpointArg,
     ChunksOption,
     ContextOption,
+    DeviceOption,
     FormatsOption,
     JsonOption,
     KVCacheOption,
+    MethodOption,
     RecipeOption,
+    SequencesOption,
+    StatisticsOption,
     TargetOption,
     TextOption,
     ThreadsOption,
@@ -25,22 +30,18 @@ from phi3edge.cli._options import (
 )
 from phi3edge.cli._output import note, print_json, progress, say
 from phi3edge.cli.validate import run_validation, show, to_data
-from phi3edge.errors import Phi3EdgeError, UnsupportedError
+from phi3edge.errors import Phi3EdgeError
 from phi3edge.plan import to_json
+from phi3edge.rounding import SEQUENCES, Rounding
 from phi3edge.types import JSON
 from phi3edge.units import parse_size, size
-
-METHODS_TO_COME = ("awq", "gptq")
 
 
 def export(
     checkpoint: CheckpointArg,
     target: TargetOption = "iphone",
     recipe: RecipeOption = None,
-    method: Annotated[
-        str,
-        typer.Option("--method", help="rtn: round to nearest, with a scale search. Not in this version: awq, gptq."),
-    ] = "rtn",
+    method: MethodOption = None,
     format_: FormatsOption = None,
     context: ContextOption = None,
     kv_cache: KVCacheOption = None,
@@ -50,9 +51,10 @@ def export(
     ] = None,
     budget: BudgetOption = None,
     bits_per_weight: BitsOption = None,
-    device: Annotated[
-        str, typer.Option("--device", help="Where weights are rounded: cpu. Not in this version: cuda.")
-    ] = "cpu",
+    calibration: CalibrationOption = None,
+    sequences: SequencesOption = SEQUENCES,
+    statistics: StatisticsOption = None,
+    device: DeviceOption = "cpu",
     validation: Annotated[bool, typer.Option("--validate/--no-validate", help="Run it beside the reference.")] = True,
     text: TextOption = None,
     chunks: ChunksOption = 16,
@@ -69,7 +71,6 @@ def export(
     Examples: `phi3edge export demo --target iphone`,
     `phi3edge export microsoft/Phi-3-mini-4k-instruct --target android --recipe q4_0 --no-validate`
     """
-    refuse_what_is_to_come(method, device)
     formats = build.formats_of(target, format_, recipe)
     if validation:
         build.require_validation(target, formats, text)
@@ -80,6 +81,7 @@ def export(
         "out": out,
         "split_max_size": parse_size(split_max_size) if split_max_size is not None else None,
         "budget": parse_budget(budget, bits_per_weight),
+        "rounding": Rounding(method, calibration, sequences, statistics, device),
         "force": force,
         "threads": threads,
     }
@@ -127,13 +129,3 @@ def describe(made: build.Exported) -> JSON:
         "plan": to_json(made.prepared.plan, made.prepared.fit),
         "notes": made.notes,
     }
-
-
-def refuse_what_is_to_come(method: str, device: str) -> None:
-    """Raise UnsupportedError for options whose meaning is fixed, but whose work this version cannot do."""
-    if method in METHODS_TO_COME:
-        raise UnsupportedError(f"--method {method} needs calibration, which this version does not have", "--method rtn")
-    if method != "rtn":
-        raise UnsupportedError(f"unknown method {method!r}", "--method rtn")
-    if device != "cpu":
-        raise UnsupportedError(f"--device {device}: this version computes on the CPU only", "--device cpu")

@@ -12,17 +12,21 @@ from phi3edge.build import Prepared, formats_of, prepare
 from phi3edge.cli._options import (
     BitsOption,
     BudgetOption,
+    CalibrationOption,
     CheckpointArg,
     ContextOption,
+    DeviceOption,
     FormatsOption,
     JsonOption,
     KVCacheOption,
+    MethodOption,
     RecipeOption,
     TargetOption,
     parse_budget,
 )
 from phi3edge.cli._output import print_json, progress, stdout, table
 from phi3edge.plan import require_fit, summarize, to_json
+from phi3edge.rounding import Rounding
 from phi3edge.units import size
 
 
@@ -30,11 +34,14 @@ def plan(
     checkpoint: CheckpointArg,
     target: TargetOption = "iphone",
     recipe: RecipeOption = None,
+    method: MethodOption = None,
     context: ContextOption = None,
     kv_cache: KVCacheOption = None,
     format_: FormatsOption = None,
     budget: BudgetOption = None,
     bits_per_weight: BitsOption = None,
+    calibration: CalibrationOption = None,
+    device: DeviceOption = "cpu",
     force: Annotated[bool, typer.Option("--force", help="Exit code 0 even if it does not fit.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -49,9 +56,11 @@ def plan(
     `phi3edge plan demo --budget 120MB`
     """
     formats, limit = formats_of(target, format_, recipe), parse_budget(budget, bits_per_weight)
+    rounding = Rounding(method, calibration, device=device)
     with progress(quiet=as_json) as stages:
         plans = [
-            prepare(checkpoint, target, recipe, context, chosen, kv_cache, limit, stages=stages) for chosen in formats
+            prepare(checkpoint, target, recipe, context, chosen, kv_cache, limit, rounding, stages)
+            for chosen in formats
         ]
     if as_json:
         documents = [{**describe(p), **to_json(p.plan, p.fit), "notes": p.notes} for p in plans]

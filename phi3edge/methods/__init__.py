@@ -1,1 +1,4 @@
 """How a weight is rounded to a codec's grid: one file per method, found by its name."""
+
+CALIBRATED = ("gptq",)
+"""Methods that need the model to run on a text first: phi3edge.calibrate carries them out, block by block."""

@@ -1,0 +1,146 @@
+"""How a plan's weights are rounded: as they are read, with or without statistics, or calibrated before that."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from phi3edge.errors import MissingExtraError, UnsupportedError, UsageError
+from phi3edge.methods import CALIBRATED
+from phi3edge.progress import Stages
+from phi3edge.quantize import Rows
+from phi3edge.types import JSON, QuantPlan, Statistics
+
+if TYPE_CHECKING:
+    from phi3edge.checkpoint import Checkpoint
+    from phi3edge.rewrite import Rewritten
+
+SEQUENCES, TOKENS = 64, 512
+"""The calibration text, unless the user says otherwise; rows are shorter for a model with less context."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What a user may say about rounding.
+
+    Attributes:
+        method: None for the recipe's.
+        calibration: the text that the model runs on; see phi3edge.calibration. None for the default.
+        sequences: of that text.
+        statistics: what `phi3edge calibrate` wrote, or an importance matrix, for methods that do not run the model.
+        device: "cpu" or "cuda".
+    """
+
+    method: str | None = None
+    calibration: str | None = None
+    sequences: int = SEQUENCES
+    statistics: Path | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """Weights ready to be written.
+
+    Attributes:
+        source: where tensors are read that are rounded as they are written.
+        rows: the others; None if there are none.
+        statistics: of the linears' inputs, by tensor name, for those that are rounded as they are written.
+        ids: the calibration text's token ids, int64 (sequences, tokens); None without one.
+        described: for the manifest.
+        notes: for the user.
+    """
+
+    source: Checkpoint | Rewritten
+    rows: Rows | None
+    statistics: Mapping[str, Statistics] | None
+    ids: np.ndarray | None
+    described: JSON
+    notes: list[str]
+
+
+def is_calibrated(plan: QuantPlan) -> bool:
+    """Whether the model must run on a text before its weights can be written."""
+    return any(t.method in CALIBRATED for t in plan.tensors)
+
+
+def require_rounding(rounding: Rounding, calibrated: bool) -> None:
+    """Raise what rounding would raise for its options or missing packages, before time is spent.
+
+    Raises:
+        UsageError, UnsupportedError: options that do not go together, or a device that is not there.
+        MissingExtraError: torch is not installed.
+    """
+    if calibrated and rounding.statistics:
+        raise UsageError(
+            "--statistics goes with --method rtn: gptq measures each linear on the rounded blocks before it",
+            "leave out --statistics, or --method",
+        )
+    if rounding.device not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device {rounding.device!r}", "--device cpu or --device cuda")
+    if not calibrated and rounding.device == "cpu":
+        return
+    if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
+        raise MissingExtraError("calibration", "reference")
+    if rounding.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UnsupportedError("--device cuda: torch finds no CUDA device", "use --device cpu")
+
+
+def basis_of(source: Checkpoint, plan: QuantPlan, kv_cache: str) -> Checkpoint | Rewritten:
+    """The weights in the basis in which a plan rounds them: the checkpoint's own, unless it is calibrated."""
+    if not is_calibrated(plan) or any(t.method == "imported" for t in plan.tensors):
+        return source
+    from phi3edge.rewrite import Rewritten
+
+    return Rewritten(source, plan.model, turn_values=kv_cache != "int8")  # whose scales were found on the values as is
+
+
+def round_weights(source: Checkpoint, plan: QuantPlan, rounding: Rounding, kv_cache: str, stages: Stages) -> Rounded:
+    """Round what is calibrated, and say where the rest is read.
+
+    Raises:
+        Phi3EdgeError: see phi3edge.calibrate, phi3edge.calibration.
+    """
+    if rounding.statistics:
+        return _with_statistics(source, plan, rounding.statistics)
+    if not is_calibrated(plan):
+        return Rounded(source, None, None, None, {}, [])
+    from phi3edge.calibrate import round_model
+    from phi3edge.calibration import calibration_text
+
+    spec, device = plan.model, rounding.device
+    tokens = min(TOKENS, spec.context_length)
+    text = calibration_text(
+        rounding.calibration, source.path, spec, rounding.sequences, tokens, device=device, stages=stages
+    )
+    basis = basis_of(source, plan, kv_cache)
+    found = round_model(basis, plan, text, device, stages)
+    described = {
+        "text": text.name,
+        "sha256": text.sha256,
+        "sequences": len(text.ids),
+        "tokens": text.ids.shape[1],
+        "device": device,
+        "linears": [asdict(row) for row in found.figures],
+    }
+    notes = [f"Calibrated on {text.ids.size} tokens of {text.name}."]
+    if basis is not source:
+        notes.append("Weights are in another basis than the checkpoint's: adapters made for it do not fit them.")
+    return Rounded(basis, found.rows, None, text.ids, described, notes + ([text.note] if text.note else []))
+
+
+def _with_statistics(source: Checkpoint, plan: QuantPlan, path: Path) -> Rounded:
+    from phi3edge.statistics import load_statistics
+
+    found = load_statistics(path, plan.model)
+    text = found.calibration
+    described = {"text": text.name, "sha256": text.sha256, "statistics": path.name}
+    return Rounded(source, None, found, text.ids, described, [f"Rounded with {path.name}.", *found.notes])
