@@ -72,6 +72,7 @@ def plan_within(
     format_: Format,
     measure: Callable[[QuantPlan], int],
     text: CalibrationText,
+    weighted: bool,
     device: str,
     stages: Stages,
 ) -> tuple[QuantPlan, str]:
@@ -87,6 +88,7 @@ def plan_within(
         format_: of the artifact.
         measure: gives the bytes of all files of a plan's artifact, or a little more.
         text: what losses are predicted on.
+        weighted: whether rounding will know what the linears' inputs are; see phi3edge.sensitivity.
         device: where to compute.
         stages: shows progress.
 
@@ -99,7 +101,7 @@ def plan_within(
     from phi3edge.sensitivity import kept_losses
 
     tried = budget_codecs(spec, name, recipe, target, format_)
-    options = _options(spec, kept_losses(checkpoint, spec, text.ids, tried, recipe.method, device, stages))
+    options = _options(spec, kept_losses(checkpoint, spec, text.ids, tried, recipe.method, weighted, device, stages))
     alone, limit = _left_alone(spec, name, recipe, options), _limit(budget, spec)
     if budget.bytes is None:
         measure = _weight_bytes

@@ -202,6 +202,7 @@ def fill_budget(
         ready.format,
         measure,
         text,
+        rounding.statistics is not None or is_calibrated(ready.plan),
         rounding.device,
         stages,
     )

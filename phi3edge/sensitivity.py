@@ -50,7 +50,7 @@ KEPT_BY_METHOD = {"gptq": 0.63}
 """KL of a whole model rounded by a method over that of rounding to nearest with a weighted search, where that is not 1:
 0.0626 to 0.0995 on the demo with Q4_K throughout, calibrated on text near to what was measured on."""
 
-_VERSION = 1  # of the kept losses; raise it whenever the same inputs give others
+_VERSION = 2  # of the kept losses; raise it whenever the same inputs give others
 
 _LOGIT_TOKENS = 256  # computed at once: the widest array is of their logits
 
@@ -61,6 +61,7 @@ def kept_losses(
     ids: np.ndarray,
     codecs: Mapping[str, Sequence[str]],
     method: str,
+    weighted: bool,
     device: str = "cpu",
     stages: Stages = silent,
 ) -> dict[str, dict[str, float]]:
@@ -71,10 +72,10 @@ def kept_losses(
     """
     basis = getattr(checkpoint, "basis", None)  # a checkpoint itself has none
     tried = sorted((tensor, tuple(names)) for tensor, names in codecs.items())
-    said = repr((_VERSION, fingerprint(checkpoint.path), basis, ids.shape, ids.tobytes(), tried))
+    said = repr((_VERSION, fingerprint(checkpoint.path), basis, ids.shape, ids.tobytes(), tried, weighted))
     kept = cache_dir() / "sensitivity" / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.json"
     if not kept.is_file():
-        found = predict_losses(checkpoint, spec, ids, codecs, device, stages)
+        found = predict_losses(checkpoint, spec, ids, codecs, weighted, device, stages)
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -93,16 +94,18 @@ def predict_losses(
     spec: ModelSpec,
     ids: np.ndarray,
     codecs: Mapping[str, Sequence[str]],
+    weighted: bool = True,
     device: str = "cpu",
     stages: Stages = silent,
 ) -> dict[str, dict[str, float]]:
-    """Predict the KL that each codec costs each tensor, rounded to nearest with a weighted search of its scales.
+    """Predict the KL that each codec costs each tensor, rounded to nearest.
 
     Args:
         checkpoint: the opened checkpoint, in the basis in which it is rounded.
         spec: the model.
         ids: token ids, int64, shape (sequences, tokens).
         codecs: the codecs to try, by the tensor's name; tensors without an entry are left out.
+        weighted: whether the search of a linear's scales knows its inputs' mean squares.
         device: where to compute.
         stages: shows progress.
 
@@ -110,7 +113,7 @@ def predict_losses(
         Nats per token, by tensor name and codec.
     """
     with tempfile.TemporaryDirectory(prefix="phi3edge-") as work, stages("sensitivity", 2 * spec.layers + 1) as advance:
-        return _Run(checkpoint, spec, ids, codecs, Path(work), device).losses(advance)
+        return _Run(checkpoint, spec, ids, codecs, weighted, Path(work), device).losses(advance)
 
 
 class _Run:
@@ -122,10 +125,12 @@ class _Run:
         spec: ModelSpec,
         ids: np.ndarray,
         codecs: Mapping[str, Sequence[str]],
+        weighted: bool,
         work: Path,
         device: str,
     ) -> None:
         self._checkpoint, self._spec, self._ids, self._codecs, self._work = checkpoint, spec, ids, codecs, work
+        self._weighted = weighted
         self._decoder = Decoder(spec, device)
         self._device = self._decoder.device
         self._names = {(t.role, t.layer): t.name for t in spec.tensors}
@@ -252,7 +257,7 @@ class _Run:
         if not tried:
             return
         rows, shares = _draw(energy, SAMPLED_ROWS)
-        important = x.square().flatten(0, -2).mean(0).cpu().numpy()
+        important = x.square().flatten(0, -2).mean(0).cpu().numpy() if self._weighted else None
         chosen = weight[rows].cpu().numpy()
         for one in tried:
             dw = torch.from_numpy(_error(chosen, one, important)).to(x.device)

@@ -13,11 +13,12 @@ from phi3edge.build import Exported, export, prepare
 from phi3edge.errors import ConfigError, DoesNotFitError, UsageError
 from phi3edge.plan import require_kernels
 from phi3edge.recipes import load_recipe
+from phi3edge.rounding import Rounding
 from phi3edge.targets import load_target
 from phi3edge.types import QuantPlan
 from phi3edge.validate import validate
 
-WORDS = "rivers stones letters engines gardens winters markets ladders".split()
+WORDS = ["rivers", "stones", "letters", "engines", "gardens", "winters", "markets", "ladders"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def make(model: str, text: str, out: Path, budget: int, format_: str = "gguf", **options: object) -> Exported:
     limit = Budget(bytes=budget)
-    return export(model, "cpu", format_=format_, budget=limit, calibration=text, out=out, **options)
+    return export(model, "cpu", format_=format_, budget=limit, rounding=Rounding(calibration=text), out=out, **options)
 
 
 def mix(plan: QuantPlan) -> dict[str, str]:
@@ -63,7 +64,7 @@ def test_a_split_file_counts_with_all_its_headers(model: str, text: str, tmp_pat
 
 def test_the_plan_is_what_is_written_and_the_same_each_time(model: str, text: str, tmp_path: Path) -> None:
     limit = Budget(bytes=800_000)
-    planned = prepare(model, "cpu", format_="gguf", budget=limit, calibration=text)
+    planned = prepare(model, "cpu", format_="gguf", budget=limit, rounding=Rounding(calibration=text))
     made = make(model, text, tmp_path / "a", 800_000)
     again = make(model, text, tmp_path / "b", 800_000)
     assert made.prepared.plan == planned.plan
@@ -86,18 +87,20 @@ def test_manifest_and_report_say_what_was_predicted(model: str, text: str, tmp_p
 
 
 def test_bits_per_weight_count_the_weights_alone(model: str, text: str) -> None:
-    plan = prepare(model, "cpu", format_="gguf", budget=Budget(bits_per_weight=4.9), calibration=text).plan
+    plan = prepare(
+        model, "cpu", format_="gguf", budget=Budget(bits_per_weight=4.9), rounding=Rounding(calibration=text)
+    ).plan
     assert 4.8 < plan.bits_per_weight <= 4.9
 
 
 def test_a_budget_above_everything_takes_the_best_codecs(model: str, text: str) -> None:
-    plan = prepare(model, "cpu", recipe="phone-1.8", format_="gguf", calibration=text).plan
+    plan = prepare(model, "cpu", recipe="phone-1.8", format_="gguf", rounding=Rounding(calibration=text)).plan
     assert load_recipe("phone-1.8")[1].budget.size == int(1.8 * 2**30)
     assert {t.codec for t in plan.tensors} == {"f32", "q8_0"}
 
 
 def test_only_codecs_with_kernels_on_the_target_are_taken(model: str, text: str) -> None:
-    plan = prepare(model, "webgpu", budget=Budget(bits_per_weight=6), calibration=text).plan
+    plan = prepare(model, "webgpu", budget=Budget(bits_per_weight=6), rounding=Rounding(calibration=text)).plan
     require_kernels(plan, "webgpu", load_target("webgpu")[1], "onnx")
     assert len({t.codec for t in plan.tensors}) > 2
 
@@ -111,8 +114,19 @@ def test_rows_that_are_no_whole_blocks_take_the_fallbacks(text: str, tmp_path: P
 
 def test_a_tied_embedding_is_chosen_for_both_of_its_uses(text: str, tmp_path: Path) -> None:
     tied = str(write_model(tmp_path / "tied", TIED))
-    plan = prepare(tied, "cpu", format_="gguf", budget=Budget(bits_per_weight=4.6), calibration=text).plan
+    plan = prepare(
+        tied, "cpu", format_="gguf", budget=Budget(bits_per_weight=4.6), rounding=Rounding(calibration=text)
+    ).plan
     assert mix(plan)["model.embed_tokens.weight"] != "q2_k"  # which is for embeddings that are nothing else
+
+
+def test_gptq_is_predicted_in_the_basis_that_it_rounds_in(model: str, text: str) -> None:
+    limit, plain = Budget(bits_per_weight=4.9), Rounding(calibration=text)
+    rtn = prepare(model, "cpu", format_="gguf", budget=limit, rounding=plain).plan
+    gptq = prepare(model, "cpu", format_="gguf", budget=limit, rounding=Rounding("gptq", text)).plan
+    assert rtn.predicted_kl is not None
+    assert gptq.predicted_kl is not None
+    assert 0.3 < gptq.predicted_kl / rtn.predicted_kl < 0.9
 
 
 def test_what_cannot_be_is_refused_in_one_line(model: str, tmp_path: Path) -> None:

@@ -111,11 +111,11 @@ def test_predictions_are_kept_and_made_anew_only_for_another_text(
     checkpoint, spec = open_model(tmp_path / "model", GROUPED)
     asked = {t.name: ("q4_k", "q8_0") for t in spec.tensors if t.role == "attn_qkv"}
     with checkpoint:
-        first = kept_losses(checkpoint, spec, some_ids(spec), asked, "rtn")
+        first = kept_losses(checkpoint, spec, some_ids(spec), asked, "rtn", True)
         assert first == predict_losses(checkpoint, spec, some_ids(spec), asked)  # and the same each time
         with monkeypatch.context() as patched:
             patched.delattr(sensitivity, "predict_losses")
-            assert kept_losses(checkpoint, spec, some_ids(spec), asked, "rtn") == first
-        other = kept_losses(checkpoint, spec, some_ids(spec, seed=6), asked, "rtn")
+            assert kept_losses(checkpoint, spec, some_ids(spec), asked, "rtn", True) == first
+        other = kept_losses(checkpoint, spec, some_ids(spec, seed=6), asked, "rtn", True)
     assert other != first
     assert set(other) == set(first)
