@@ -1,168 +1,159 @@
-"""`phi3edge calibrate`, as a user meets it: what it writes, replaces, refuses, and goes on with."""
+"""Rounding block by block: what it gains over plain rounding, how it resumes, and what it refuses."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from _models import GROUPED, write_model
-from _prequantized import AWQ, write_prequantized
-from typer.testing import CliRunner, Result
+import torch
+from _models import GROUPED, MHA, TIED, Shape, write_model
 
-from phi3edge import collect
-from phi3edge.checkpoint import open_checkpoint
-from phi3edge.cli._errors import guard
-from phi3edge.cli.app import app
-from phi3edge.errors import Phi3EdgeError, UnsupportedError
+from phi3edge import calibrate
+from phi3edge.calibrate import round_model
+from phi3edge.calibration import CalibrationText
+from phi3edge.checkpoint import Checkpoint, open_checkpoint
+from phi3edge.codecs import codec, is_float, row_bytes
+from phi3edge.errors import UnsupportedError
 from phi3edge.families import parse_config
-from phi3edge.statistics import load_statistics
-
-BLOCKS = ["block-00000.safetensors", "block-00001.safetensors", "head.safetensors"]
-NAMES = sorted([*BLOCKS, "ids.npy", "imatrix.gguf", "statistics.json"])
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "tiny", GROUPED)
+from phi3edge.forward import LINEARS, Decoder
+from phi3edge.rewrite import Rewritten
+from phi3edge.types import ModelSpec, QuantPlan, TensorPlan
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("texts") / "words.txt"
-    random = np.random.default_rng(0)
-    path.write_text(" ".join("".join(random.choice(list("abcdefg"), 5)) for _ in range(2000)))
-    return path
+@pytest.fixture
+def model(tmp_path: Path) -> Iterator[Checkpoint]:
+    with open_checkpoint(write_model(tmp_path / "model", GROUPED)) as opened:
+        yield opened
 
 
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["calibrate", *map(str, arguments)])
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PHI3EDGE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
-def options(text: Path, out: Path, *more: object) -> list[object]:
-    return ["--calibration", text, "--sequences", 10, "--tokens", 128, "--out", out, *more]
+def spec_of(checkpoint: Checkpoint) -> ModelSpec:
+    return parse_config(checkpoint.config, checkpoint.generation_config, "tiny")
 
 
-def calibrated(model: Path, text: Path, out: Path, *more: object) -> dict[str, Any]:
-    done = invoke(model, *options(text, out, "--json", *more))
-    assert done.exit_code == 0, done.output
-    return json.loads(done.stdout)
+def plan_of(spec: ModelSpec, linear: str, method: str = "gptq", head: str = "f32") -> QuantPlan:
+    """The codec for the blocks' linears, another for the head, floats for the rest."""
+
+    def planned(role: str) -> tuple[str, str]:
+        chosen = linear if role in LINEARS else head if role == "head" else "f32"
+        return chosen, "cast" if is_float(chosen) else method
+
+    tensors = (TensorPlan(t, *planned(t.role), row_bytes(planned(t.role)[0], t.shape[-1])) for t in spec.tensors)
+    return QuantPlan(spec, "test", tuple(tensors))
 
 
-def test_it_writes_a_folder_that_loads(model: Path, text: Path, tmp_path: Path) -> None:
-    said = calibrated(model, text, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == NAMES
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    with open_checkpoint(model) as checkpoint:
-        spec = parse_config(checkpoint.config, checkpoint.generation_config, "tiny")
-    found = load_statistics(tmp_path / "out", spec)
-    assert said["linears"] == len(found) == 9
-    assert said["calibration"]["name"] == found.calibration.name == "words.txt"
-    assert said["calibration"]["sha256"] == found.calibration.sha256
-    assert (said["calibration"]["sequences"], said["calibration"]["tokens"]) == (10, 128)
-    assert said["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
-    assert found["lm_head.weight"].tokens == 1280
-    again = calibrated(model, text, tmp_path / "again", "--moments")
-    assert again["moments"] is True
-    assert load_statistics(tmp_path / "again", spec, moments=True)["lm_head.weight"].moments is not None
+def text_of(spec: ModelSpec, sequences: int = 48, tokens: int = 32, seed: int = 0) -> CalibrationText:
+    """Tokens of which a few are much more frequent than others."""
+    rng = np.random.default_rng(seed)
+    return CalibrationText((rng.random((sequences, tokens)) ** 3 * spec.vocab_size).astype(np.int64), "random tokens")
 
 
-def test_a_folder_is_replaced_only_if_it_is_one_of_ours_and_force_is_given(
-    model: Path, text: Path, tmp_path: Path
+def logits(
+    source: Checkpoint | Rewritten, plan: QuantPlan, rows: calibrate.Rounded | None, ids: np.ndarray
+) -> torch.Tensor:
+    """Of the model with its planned tensors as they were rounded: calibrated, to nearest, or not at all."""
+    weights = {}
+    for t in plan.tensors:
+        weight = source.read(t.tensor.name)
+        if rows is not None and t.method in calibrate.CALIBRATED:
+            module = codec(t.codec)
+            weight = module.dequantize(module.unpack(rows.rows(t, 0, t.tensor.shape[0])))
+        elif not is_float(t.codec):
+            module = codec(t.codec)
+            weight = module.dequantize(module.quantize(weight))
+        weights[t.tensor.role, t.tensor.layer] = torch.from_numpy(weight)
+    decoder = Decoder(plan.model)
+    h = weights["embedding", None][torch.from_numpy(ids)]
+    for layer in range(plan.model.layers):
+        h = decoder.block(h, {role: w for (role, n), w in weights.items() if n == layer})
+    head = weights.get(("head", None), weights["embedding", None])
+    return decoder.norm(h, weights["output_norm", None]) @ head.T
+
+
+def divergence(reference: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean KL, in nats per token."""
+    p, q = (torch.log_softmax(x, -1) for x in (reference, other))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("linear", ["q4_0", "q4_k", "uint4_b32", "iq4_nl"])
+def test_it_loses_less_than_rounding_to_nearest(model: Checkpoint, linear: str) -> None:
+    spec = spec_of(model)
+    plan, text = plan_of(spec, linear, head="q8_0" if codec(linear).FORMATS == ("gguf",) else "int8_b32"), text_of(spec)
+    ids = text_of(spec, seed=1).ids  # other sequences of the same kind
+    with torch.inference_mode():
+        basis = Rewritten(model, spec)
+        exact = logits(model, plan_of(spec, "f32"), None, ids)
+        calibrated = divergence(exact, logits(basis, plan, round_model(basis, plan, text), ids))
+        nearest = divergence(exact, logits(model, plan, None, ids))
+    assert calibrated < 0.8 * nearest
+
+
+@pytest.mark.parametrize("shape", [MHA, TIED, Shape(dtype="float32")])
+def test_every_shape_of_model_is_rounded(tmp_path: Path, shape: Shape) -> None:
+    with open_checkpoint(write_model(tmp_path / "other", shape)) as other:
+        spec = spec_of(other)
+        plan = plan_of(spec, "q4_0", head="q8_0")
+        found = round_model(Rewritten(other, spec), plan, text_of(spec))
+        assert [row.name for row in found.figures] == [t.tensor.name for t in plan.tensors if t.method == "gptq"]
+        for t in plan.tensors:
+            if t.method == "gptq":
+                assert found.rows(t, 1, 3).shape == (2, row_bytes(t.codec, t.tensor.shape[1]))
+        assert all(0 < row.error < 0.1 for row in found.figures)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
+    model: Checkpoint, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
-    calibrated(model, text, out)
-    before = (out / "statistics.json").stat().st_mtime_ns
-    for damage, more, says in (
-        (None, (), "--force replaces it"),
-        ("thesis.txt", ("--force",), "thesis.txt"),
-    ):
-        if damage:
-            (out / damage).write_text("years of work")
-        with pytest.raises(Phi3EdgeError, match=r"exists|holds") as raised:
-            invoke_or_raise(model, *options(text, out, *more))
-        assert says in f"{raised.value} {raised.value.hint}"
-        assert (out / "statistics.json").stat().st_mtime_ns == before
-    (out / "thesis.txt").unlink()
-    calibrated(model, text, out, "--force")
-    assert (out / "statistics.json").stat().st_mtime_ns > before
-    assert sorted(path.name for path in out.iterdir()) == NAMES
+    spec = spec_of(model)
+    plan, text = plan_of(spec, "q4_0"), text_of(spec)
+    whole = contents(round_model(Rewritten(model, spec), plan, text).folder)
+    monkeypatch.setenv("PHI3EDGE_CACHE", str(own_cache.with_name("second")))
+    calls: list[str] = []
+    real = calibrate._Moments.aim
+
+    def interrupted(self: calibrate._Moments) -> torch.Tensor:
+        calls.append("linear")
+        if len(calls) == 6:  # in the middle of the second block
+            raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(calibrate._Moments, "aim", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        round_model(Rewritten(model, spec), plan, text)
+    resumed = round_model(Rewritten(model, spec), plan, text)
+    assert len(calls) == 6 + 4, "the first block is not rounded again"
+    assert contents(resumed.folder) == whole
+    assert sorted(whole) == sorted(["finished.json", *(t.tensor.name for t in plan.tensors if t.method == "gptq")])
 
 
-def invoke_or_raise(*arguments: object) -> None:
-    done = invoke(*arguments)
-    if done.exception:
-        raise done.exception
+def test_a_finished_rounding_is_used_again_and_another_text_is_another(
+    model: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of(model)
+    plan, basis = plan_of(spec, "q4_0"), Rewritten(model, spec)
+    first = round_model(basis, plan, text_of(spec))
+    other = round_model(basis, plan, text_of(spec, seed=5))
+    assert other.folder != first.folder
+    monkeypatch.setattr(calibrate._Run, "step", lambda self: pytest.fail("it was finished"))
+    again = round_model(basis, plan, text_of(spec))
+    assert again == first
+    assert json.loads((again.folder / "finished.json").read_text())["steps"] == spec.layers + 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("--device", "tpu"), "tpu"),
-        (("--calibration", "nowhere.txt"), "nowhere.txt"),
-        (("--tokens", "1000", "--calibration", "python"), "context of 512"),
-    ],
-    ids=["device", "text", "tokens"],
-)
-def test_bad_usage_is_one_clear_line(model: Path, tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
-    with pytest.raises(Phi3EdgeError, match=says):
-        invoke_or_raise(model, "--out", tmp_path / "out", *arguments)
-    assert not list(tmp_path.iterdir())
-
-
-def test_cuda_without_a_gpu_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(Phi3EdgeError, match="no GPU"):
-        invoke_or_raise(model, "--out", tmp_path / "out", "--device", "cuda")
-
-
-def test_without_torch_the_extra_is_named(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert guard(lambda: collect.calibrate(str(model), out=tmp_path / "out")) == 2
-    with pytest.raises(Phi3EdgeError, match="calibration needs a package") as raised:
-        collect.calibrate(str(model), out=tmp_path / "out")
-    assert "[reference]" in str(raised.value.hint)
-
-
-def test_a_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
-    write_prequantized(tmp_path / "awq", AWQ)
-    with pytest.raises(UnsupportedError, match="quantized already"):
-        collect.calibrate(str(tmp_path / "awq"), out=tmp_path / "out")
-
-
-def test_an_interrupted_command_says_that_it_goes_on_and_does(model: Path, text: Path, tmp_path: Path) -> None:
-    out, work = tmp_path / "out", tmp_path / ".out.work"
-    command = [sys.executable, "-c", SLOW, "calibrate", str(model), *map(str, options(text, out))]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (work / BLOCKS[0]).exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    assert "goes on" in stderr
-    assert not out.exists()
-    first = (work / BLOCKS[0]).stat().st_mtime_ns
-    calibrated(model, text, out)
-    assert (out / BLOCKS[0]).stat().st_mtime_ns == first
-    calibrated(model, text, tmp_path / "straight")
-    for name in BLOCKS:
-        assert (out / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
-    assert not work.exists()
-
-
-SLOW = """
-import time
-from phi3edge import collect
-from phi3edge.cli.app import main
-run = collect._Run.block
-def slow(self, layer, advance):
-    time.sleep(30 * layer)
-    run(self, layer, advance)
-collect._Run.block = slow
-main()
-"""
+def test_weights_that_give_no_numbers_are_refused_by_name(model: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = replace(spec_of(model), norm_eps=float("nan"))
+    plan = replace(plan_of(spec, "q4_0"), model=spec)
+    with pytest.raises(UnsupportedError, match=r"model\.layers\.0\.self_attn\.qkv_proj\.weight.*not finite"):
+        round_model(Rewritten(model, spec), plan, text_of(spec))
