@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import tempfile
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -276,7 +276,7 @@ def export(
         with new_folder(folder, lambda: require_free(folder, force)) as partial:
             with (
                 stages("quantize", ready.plan.weight_bytes) as advance,
-                source.each_read_once(spec),
+                source.each_read_once(spec) if rounded.rows is None else nullcontext(),  # calibration read them before
                 closing(quantize(rounded.source, ready.plan, threads, rounded.rows, rounded.statistics)) as stream,
             ):
                 files = emitter.emit(stream, partial, advance)
