@@ -16,6 +16,7 @@ import numpy as np
 from phi3edge import __version__, manifest, recipes
 from phi3edge.budget import Budget
 from phi3edge.budget_plan import SEQUENCES, TOKENS, budget_recipe, find_budget, plan_within, require_room
+from phi3edge.calibration import CalibrationText
 from phi3edge.checkpoint import SMALL_FILES
 from phi3edge.emitters import FILES, Job, open_emitter
 from phi3edge.errors import MissingExtraError, OutputError, UnsupportedError, UsageError
@@ -485,12 +486,31 @@ def validate_artifact(
         not_run=() if runtime.runs_here else (f"{runtime.name}: {NOT_RUN}",),
         keep=keep,
         predicted_kl=said.get("plan", {}).get("predicted_kl"),
+        calibration=_calibration(folder, said),
         stages=stages,
     )
     if described is None or checkpoint is not None or target_name != said["target"]:
         return report, None  # the artifact's own report is that against its own reference and gates
     write_text(folder / REPORT_NAME, to_json(report))
     return report, folder / REPORT_NAME
+
+
+def _calibration(folder: Path, said: JSON) -> CalibrationText | None:
+    """What an artifact of ours was calibrated on.
+
+    Raises:
+        OutputError: its file is not the one that the manifest speaks of.
+    """
+    described = said.get("calibration")
+    if not described or described["sha256"] is None:  # an importance matrix has no text with it
+        return None
+    try:
+        text = CalibrationText(np.load(folder / CALIBRATION_NAME).astype(np.int64), described["text"])
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot read {folder / CALIBRATION_NAME}: {error}", "export the artifact again") from error
+    if text.sha256 != described["sha256"]:
+        raise OutputError(f"{folder / CALIBRATION_NAME} is not what {manifest.NAME} says", "export the artifact again")
+    return text
 
 
 def require_validation(target: str, formats: Sequence[Format], text: Path | None) -> None:

@@ -113,7 +113,7 @@ class Checkpoint(_Part):
 
 
 class TextInfo(_Part):
-    """The text scored on."""
+    """The text scored on, or calibrated on; the SHA-256 is of its content, or of its token ids as int32."""
 
     name: str
     sha256: str
@@ -201,6 +201,7 @@ class Report(_Part):
     artifact: list[File]
     checkpoint: Checkpoint
     text: TextInfo
+    calibration: TextInfo | None = None
     protocol: Protocol
     metrics: dict[str, Metric]
     gates: list[Gate]
@@ -293,6 +294,7 @@ def render(report: Report) -> Group:
             f"{protocol.chunk_tokens}; {environment.cpu}, {environment.threads} threads",
             "dim",
         ),
+        *([Text(f"calibrated on {report.calibration.name}", "dim")] if report.calibration else []),
         Text(""),
         table,
         Text(""),

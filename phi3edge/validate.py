@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from phi3edge import registry
+from phi3edge.calibration import CalibrationText, refuse_overlap
 from phi3edge.errors import RunnerError, UsageError
 from phi3edge.files import sha256
 from phi3edge.progress import Stages, silent
@@ -107,6 +108,7 @@ def validate(
     not_run: Sequence[str] = (),
     keep: Path | None = None,
     predicted_kl: float | None = None,
+    calibration: CalibrationText | None = None,
     stages: Stages = silent,
 ) -> Report:
     """Scores an artifact against the checkpoint it was made from.
@@ -128,6 +130,7 @@ def validate(
         keep: where to write the artifact's own log-probabilities of the scored rows, for `comparison.compare`:
             a .npy file, float16 of shape (chunks, rows, vocabulary).
         predicted_kl: what its plan predicted, to stand beside what is measured.
+        calibration: the text that its weights were rounded with, which may not be scored on.
         stages: shows progress.
 
     Returns:
@@ -135,7 +138,8 @@ def validate(
 
     Raises:
         ConfigError: a gate on an unknown metric.
-        UsageError: too short a text, no runtime for the artifact, too little memory for the reference.
+        UsageError: too short a text, one that shares passages with the calibration's, no runtime for the artifact,
+            too little memory for the reference.
         MissingExtraError: the runtime, torch or transformers is not installed.
         CheckpointError: transformers cannot load the checkpoint.
         RunnerError: the runtime refuses the artifact, crashes or hangs, or the artifact has another vocabulary.
@@ -150,6 +154,8 @@ def validate(
     with stages("tokenize", None):
         tokenizer = load_tokenizer(checkpoint)
         ids = chunk(tokenizer(text.text)["input_ids"], chunks, chunk_tokens, text.name)
+        if calibration is not None:
+            refuse_overlap(calibration, ids, text.name)
     size = vocabulary_size(checkpoint)
     prompts = [_prompt(tokenizer, question) for question in QUESTIONS]
     options = {"kv_type": kv_type, "threads": threads, "timeout": timeout}
@@ -197,6 +203,7 @@ def validate(
             revision=source.revision if source else None,
         ),
         text=TextInfo(name=text.name, sha256=text.sha256),
+        calibration=TextInfo(name=calibration.name, sha256=calibration.sha256) if calibration else None,
         protocol=Protocol(
             chunks=chunks,
             chunk_tokens=chunk_tokens,

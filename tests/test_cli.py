@@ -140,7 +140,7 @@ def test_plan_reads_no_weights(model, tmp_path):
         (("export", "./nowhere"), "nowhere"),
         (("export", "demo", "--target", "iphnoe"), "iphone"),
         (("export", "demo", "--recipe", "q4_km"), "q4_k_m"),
-        (("export", "demo", "--method", "gptq"), "gptq"),
+        (("export", "demo", "--method", "gtpq"), "gptq"),
         (("export", "demo", "--format", "tflite"), "one of gguf, onnx, both"),
         (("export", "demo", "--format", "zip"), "zip"),
         (("export", "demo", "--budget", "1.8G"), "1.8G"),
