@@ -124,7 +124,7 @@ class _Run:
         self._device = self._decoder.device
         self._planned = {(t.tensor.role, t.tensor.layer): t for t in plan.tensors}
         per_batch = max(1, _BATCH_TOKENS // ids.shape[1])
-        self._batches = [slice(first, first + per_batch) for first in range(0, len(ids), per_batch)]
+        self._batches = [slice(n, min(n + per_batch, len(ids))) for n in range(0, len(ids), per_batch)]
         self._state = folder / "finished.json"
         known: JSON = json.loads(self._state.read_text()) if self._state.is_file() else {"steps": 0, "figures": []}
         self.finished: int = known["steps"]
@@ -147,9 +147,9 @@ class _Run:
         table = load_outer(self._checkpoint, self._plan.model, "embedding", self._device)
         ids = torch.from_numpy(self._ids)
         for name, rows in (("float", table), ("rounded", self._round_alone(planned, table))):
-            out = self._new_file(f"hidden-0-{name}", self._plan.model.hidden_size)
+            out = self._new(f"hidden-0-{name}", self._plan.model.hidden_size)
             for batch in self._batches:
-                out[batch] = rows[ids[batch].to(self._device)].cpu().numpy()
+                out.write(batch, rows[ids[batch].to(self._device)])
 
     def _round_block(self, layer: int) -> list[LinearFigures]:
         weights = load_block(self._checkpoint, self._plan.model, layer, self._device)
@@ -174,9 +174,9 @@ class _Run:
             return []
         moments = _Moments(load_outer(self._checkpoint, spec, "head", self._device))
         gain = load_outer(self._checkpoint, spec, "output_norm", self._device)
-        true, real = (self._open(f"hidden-{spec.layers}-{name}") for name in ("float", "rounded"))
+        true, real = (self._states(f"hidden-{spec.layers}-{name}", spec.hidden_size) for name in ("float", "rounded"))
         for batch in self._batches:
-            moments.add(*(self._decoder.norm(_tensor(h[batch], self._device), gain) for h in (true, real)))
+            moments.add(*(self._decoder.norm(h.read(batch).to(self._device), gain) for h in (true, real)))
         return self._round(planned, moments)[1]
 
     def _round(self, planned: TensorPlan, moments: _Moments) -> tuple[Tensor, list[LinearFigures]]:
@@ -206,25 +206,48 @@ class _Run:
 
     def _path(self, name: str, layer: int, weights: Weights) -> _Path:
         spec = self._plan.model
-        before = self._open(f"hidden-{layer}-{name}")
-        after = self._new_file(f"hidden-{layer + 1}-{name}", spec.hidden_size)
-        inner = self._new_file(f"hidden-inner-{name}", max(spec.heads * spec.head_dim, spec.intermediate_size))
+        before = self._states(f"hidden-{layer}-{name}", spec.hidden_size)
+        after = self._new(f"hidden-{layer + 1}-{name}", spec.hidden_size)
+        inner = self._new(f"hidden-inner-{name}", max(spec.heads * spec.head_dim, spec.intermediate_size))
         return _Path(self._decoder, weights, before, after, inner)
 
-    def _open(self, name: str) -> np.ndarray:
-        return np.lib.format.open_memmap(self._folder / f"{name}.npy", "r")
+    def _states(self, name: str, width: int) -> _States:
+        return _States(self._folder / name, self._ids.shape[1], width)
 
-    def _new_file(self, name: str, width: int) -> np.ndarray:
-        """A file for a float32 array (sequences, tokens, width)."""
-        return np.lib.format.open_memmap(self._folder / f"{name}.npy", "w+", np.float32, (*self._ids.shape, width))
+    def _new(self, name: str, width: int) -> _States:
+        """An empty file in the place of what an interrupted run left."""
+        (self._folder / name).write_bytes(b"")
+        return self._states(name, width)
+
+
+class _States:
+    """A float32 array (sequences, tokens, width) in a file that is read and written by batches of sequences.
+
+    No memory map: its pages would count as this process's memory, and a full disk would kill it.
+    """
+
+    def __init__(self, path: Path, tokens: int, width: int) -> None:
+        self._path, self._shape = path, (tokens, width)
+
+    def read(self, batch: slice) -> Tensor:
+        """Shape (sequences, tokens, width)."""
+        size = self._shape[0] * self._shape[1]
+        values = np.fromfile(self._path, np.float32, (batch.stop - batch.start) * size, offset=4 * batch.start * size)
+        return torch.from_numpy(values).view(-1, *self._shape)
+
+    def write(self, batch: slice, values: Tensor) -> None:
+        """Narrower values leave the rest of each token's row as 0."""
+        out = np.zeros((*values.shape[:2], self._shape[1]), np.float32)
+        out[..., : values.shape[-1]] = values.cpu().numpy()
+        with self._path.open("r+b") as file:
+            file.seek(4 * batch.start * self._shape[0] * self._shape[1])
+            out.tofile(file)
 
 
 class _Path:
     """A way of the calibration text through one block, linear by linear; states are kept by batch of sequences."""
 
-    def __init__(
-        self, decoder: Decoder, weights: Weights, before: np.ndarray, after: np.ndarray, inner: np.ndarray
-    ) -> None:
+    def __init__(self, decoder: Decoder, weights: Weights, before: _States, after: _States, inner: _States) -> None:
         """The hidden states before the block, and files for those after it and for what the inner linears take."""
         self._decoder, self._weights = decoder, weights
         self._before, self._after, self._inner = before, after, inner
@@ -241,35 +264,36 @@ class _Path:
 
     def finish(self, batch: slice) -> None:
         """Add the last linear's output: now `after` is what its name says."""
-        self._after[batch] += self._apply("ffn_down", self._taken("ffn_down", batch)).cpu().numpy()
+        h = self._read(self._after, batch) + self._apply("ffn_down", self._taken("ffn_down", batch))
+        self._after.write(batch, h)
 
     def _attention_input(self, batch: slice) -> Tensor:
-        return self._decoder.norm(self._tensor(self._before[batch]), self._weights["attn_norm"])
+        return self._decoder.norm(self._read(self._before, batch), self._weights["attn_norm"])
 
     def _mixed(self, batch: slice) -> Tensor:
         return self._keep(self._decoder.attend(self._apply("attn_qkv", self._attention_input(batch))), batch)
 
     def _ffn_input(self, batch: slice) -> Tensor:
-        h = self._tensor(self._before[batch]) + self._apply("attn_output", self._taken("attn_output", batch))
-        self._after[batch] = h.cpu().numpy()
+        h = self._read(self._before, batch) + self._apply("attn_output", self._taken("attn_output", batch))
+        self._after.write(batch, h)
         return self._decoder.norm(h, self._weights["ffn_norm"])
 
     def _gated(self, batch: slice) -> Tensor:
-        x = self._decoder.norm(self._tensor(self._after[batch]), self._weights["ffn_norm"])
+        x = self._decoder.norm(self._read(self._after, batch), self._weights["ffn_norm"])
         return self._keep(self._decoder.gate(self._apply("ffn_gate_up", x)), batch)
 
     def _apply(self, role: str, x: Tensor) -> Tensor:
         return linear(x, self._weights[role])
 
     def _keep(self, x: Tensor, batch: slice) -> Tensor:
-        self._inner[batch, :, : x.shape[-1]] = x.cpu().numpy()
+        self._inner.write(batch, x)
         return x
 
     def _taken(self, role: str, batch: slice) -> Tensor:
-        return self._tensor(self._inner[batch, :, : self._weights[role].shape[1]])
+        return self._read(self._inner, batch)[..., : self._weights[role].shape[1]]
 
-    def _tensor(self, values: np.ndarray) -> Tensor:
-        return _tensor(values, self._decoder.device)
+    def _read(self, states: _States, batch: slice) -> Tensor:
+        return states.read(batch).to(self._decoder.device)
 
 
 class _Moments:
@@ -319,7 +343,7 @@ class _Moments:
 
 
 def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.array(values)).to(device)  # a copy: files are read-only
+    return torch.from_numpy(values).to(device)
 
 
 def _key(checkpoint: Checkpoint | Rewritten, plan: QuantPlan, text: CalibrationText, device: str) -> str:
