@@ -25,7 +25,7 @@ from torch.nn.functional import linear
 
 from phi3edge.cache import cache_dir
 from phi3edge.codecs import codec, is_float, row_bytes
-from phi3edge.errors import UnsupportedError
+from phi3edge.errors import OutputError, UnsupportedError
 from phi3edge.files import write_text
 from phi3edge.forward import LINEARS, Decoder, Weights, load_block, load_outer
 from phi3edge.methods import CALIBRATED
@@ -101,15 +101,21 @@ def round_model(
         OutputError: the cache cannot be written.
     """
     folder = cache_dir() / "rounded" / _key(checkpoint, plan, text, device)
-    folder.mkdir(parents=True, exist_ok=True)
     steps = plan.model.layers + 1
-    with torch.inference_mode(), stages("calibrate", steps) as advance:
-        run = _Run(checkpoint, plan, text.ids, folder, device)
-        advance(run.finished)
-        while run.finished < steps:
-            run.step()
-            advance(1)
-    _prune(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with torch.inference_mode(), stages("calibrate", steps) as advance:
+            run = _Run(checkpoint, plan, text.ids, folder, device)
+            advance(run.finished)
+            while run.finished < steps:
+                run.step()
+                advance(1)
+        _prune(folder)
+    except OSError as error:
+        raise OutputError(
+            f"cannot keep the rounded model in {folder.parent}: {error.strerror or error}",
+            "it goes on from the last finished block; PHI3EDGE_CACHE names another folder",
+        ) from error
     return Rounded(folder, tuple(run.figures))
 
 

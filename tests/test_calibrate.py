@@ -15,7 +15,7 @@ from phi3edge.calibrate import round_model
 from phi3edge.calibration import CalibrationText
 from phi3edge.checkpoint import Checkpoint, open_checkpoint
 from phi3edge.codecs import codec, is_float, row_bytes
-from phi3edge.errors import UnsupportedError
+from phi3edge.errors import OutputError, UnsupportedError
 from phi3edge.families import parse_config
 from phi3edge.forward import LINEARS, Decoder
 from phi3edge.rewrite import Rewritten
@@ -157,3 +157,11 @@ def test_weights_that_give_no_numbers_are_refused_by_name(model: Checkpoint, mon
     plan = replace(plan_of(spec, "q4_0"), model=spec)
     with pytest.raises(UnsupportedError, match=r"model\.layers\.0\.self_attn\.qkv_proj\.weight.*not finite"):
         round_model(Rewritten(model, spec), plan, text_of(spec))
+
+
+def test_a_cache_that_cannot_be_written_is_one_clear_line(model: Checkpoint, own_cache: Path) -> None:
+    spec = spec_of(model)
+    own_cache.mkdir()
+    (own_cache / "rounded").write_text("a file in the way")
+    with pytest.raises(OutputError, match="cannot keep the rounded model"):
+        round_model(Rewritten(model, spec), plan_of(spec, "q4_0"), text_of(spec))
