@@ -14,14 +14,19 @@ from phi3edge.errors import MissingExtraError, UnsupportedError, UsageError
 from phi3edge.methods import CALIBRATED
 from phi3edge.progress import Stages
 from phi3edge.quantize import Rows
-from phi3edge.types import JSON, QuantPlan, Statistics
+from phi3edge.types import JSON, ModelSpec, QuantPlan, Statistics
 
 if TYPE_CHECKING:
     from phi3edge.checkpoint import Checkpoint
     from phi3edge.rewrite import Rewritten
 
-SEQUENCES, TOKENS = 64, 512
-"""The calibration text, unless the user says otherwise; rows are shorter for a model with less context."""
+TOKENS = 512
+"""Of a sequence of the calibration text; fewer for a model with less context."""
+
+TOKENS_PER_INPUT = 16
+LEAST_SEQUENCES, MOST_SEQUENCES = 48, 128
+"""Unless the user says otherwise, the text has so many tokens for each input of the widest linear, whose statistics need
+the most, within bounds that a computer without a GPU can bear."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +36,14 @@ class Rounding:
     Attributes:
         method: None for the recipe's.
         calibration: the text that the model runs on; see phi3edge.calibration. None for the default.
-        sequences: of that text.
+        sequences: of that text; None for what suits the model.
         statistics: what `phi3edge calibrate` wrote, or an importance matrix, for methods that do not run the model.
         device: "cpu" or "cuda".
     """
 
     method: str | None = None
     calibration: str | None = None
-    sequences: int = SEQUENCES
+    sequences: int | None = None
     statistics: Path | None = None
     device: str = "cpu"
 
@@ -67,6 +72,12 @@ class Rounded:
 def is_calibrated(plan: QuantPlan) -> bool:
     """Whether the model must run on a text before its weights can be written."""
     return any(t.method in CALIBRATED for t in plan.tensors)
+
+
+def default_sequences(spec: ModelSpec) -> int:
+    """Sequences of the calibration text where the user names no number."""
+    widest = max(t.shape[-1] for t in spec.tensors)
+    return min(max(TOKENS_PER_INPUT * widest // TOKENS, LEAST_SEQUENCES), MOST_SEQUENCES)
 
 
 def require_rounding(rounding: Rounding, calibrated: bool) -> None:
@@ -118,9 +129,8 @@ def round_weights(source: Checkpoint, plan: QuantPlan, rounding: Rounding, kv_ca
 
     spec, device = plan.model, rounding.device
     tokens = min(TOKENS, spec.context_length)
-    text = calibration_text(
-        rounding.calibration, source.path, spec, rounding.sequences, tokens, device=device, stages=stages
-    )
+    sequences = rounding.sequences or default_sequences(spec)
+    text = calibration_text(rounding.calibration, source.path, spec, sequences, tokens, device=device, stages=stages)
     basis = basis_of(source, plan, kv_cache)
     found = round_model(basis, plan, text, device, stages)
     described = {

@@ -1,6 +1,7 @@
 """Calibrated exports, end to end: what is written, what is said about it, and what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,10 @@ import pytest
 from _models import GROUPED, write_model
 from typer.testing import CliRunner
 
-from phi3edge.build import CALIBRATION_NAME, export, validate_artifact
+from phi3edge.build import CALIBRATION_NAME, export, prepare, validate_artifact
 from phi3edge.cli.app import app
 from phi3edge.errors import MissingExtraError, OutputError, UnsupportedError, UsageError
-from phi3edge.rounding import Rounding, require_rounding
+from phi3edge.rounding import Rounding, default_sequences, require_rounding
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "then", "sleeps", "by", "water")
 
@@ -100,6 +101,15 @@ def test_statistics_of_another_run_weigh_the_scale_search(model: Path, text: Pat
         files.append(made.artifact.read_bytes())
     assert files[0] != files[1]
     assert files[1] == files[2]
+
+
+def test_wider_models_get_more_text(model: Path) -> None:
+    spec = prepare(str(model), "cpu").plan.model
+    assert default_sequences(spec) == 48
+    wide = [replace(t, shape=(t.shape[0], 2048)) if t.role == "ffn_down" else t for t in spec.tensors]
+    assert default_sequences(replace(spec, tensors=tuple(wide))) == 64
+    widest = [replace(t, shape=(t.shape[0], 8192)) if t.role == "ffn_down" else t for t in spec.tensors]
+    assert default_sequences(replace(spec, tensors=tuple(widest))) == 128
 
 
 def test_options_that_do_not_go_together_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

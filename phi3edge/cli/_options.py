@@ -70,7 +70,10 @@ CalibrationOption = Annotated[
     str | None,
     typer.Option("--calibration", help="self, python, self+python, a text file, or hub:ORG/NAME:FILE."),
 ]
-SequencesOption = Annotated[int, typer.Option("--sequences", min=8, help="Of 512 tokens, to calibrate on.")]
+SequencesOption = Annotated[
+    int | None,
+    typer.Option("--sequences", min=8, help="Of 512 tokens, to calibrate on; default: by the model's width."),
+]
 StatisticsOption = Annotated[
     Path | None,
     typer.Option("--statistics", help="For rtn: what `phi3edge calibrate` wrote, or an importance matrix (.gguf)."),

@@ -32,7 +32,7 @@ from phi3edge.cli._output import note, print_json, progress, say
 from phi3edge.cli.validate import run_validation, show, to_data
 from phi3edge.errors import Phi3EdgeError
 from phi3edge.plan import to_json
-from phi3edge.rounding import SEQUENCES, Rounding
+from phi3edge.rounding import Rounding
 from phi3edge.types import JSON
 from phi3edge.units import parse_size, size
 
@@ -52,7 +52,7 @@ def export(
     budget: BudgetOption = None,
     bits_per_weight: BitsOption = None,
     calibration: CalibrationOption = None,
-    sequences: SequencesOption = SEQUENCES,
+    sequences: SequencesOption = None,
     statistics: StatisticsOption = None,
     device: DeviceOption = "cpu",
     validation: Annotated[bool, typer.Option("--validate/--no-validate", help="Run it beside the reference.")] = True,
