@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,11 +28,12 @@ from phi3edge.codecs import codec, is_float, row_bytes
 from phi3edge.errors import OutputError, UnsupportedError
 from phi3edge.files import write_text
 from phi3edge.forward import LINEARS, Decoder, Weights, load_block, load_outer
-from phi3edge.methods import CALIBRATED
+from phi3edge.methods import CALIBRATED, SCALED
 from phi3edge.methods.gptq import DAMPING
 from phi3edge.progress import Stages, silent
 from phi3edge.reference import fingerprint
 from phi3edge.registry import load
+from phi3edge.scaling import find_scales, fold
 from phi3edge.types import JSON, QuantPlan, Statistics, TensorPlan
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class LinearFigures:
     Attributes:
         tokens: of the calibration text that it saw.
         error: mean square of the output's error over that of the output, on the rounded model's inputs.
+        scaled: what awq's channel scales left of that in their search; 1 where they did not help and were left out,
+            None where there was none.
     """
 
     name: str
@@ -62,20 +65,24 @@ class LinearFigures:
     codec: str
     tokens: int
     error: float
+    scaled: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """Rounded linears, packed, in a folder of the cache."""
+    """Rounded linears, packed, in a folder of the cache; where channels were scaled, all else of the blocks too."""
 
     folder: Path
     figures: tuple[LinearFigures, ...]
 
-    def rows(self, planned: TensorPlan, start: int, stop: int) -> np.ndarray:
-        """Packed rows [start, stop) of a tensor, uint8 (rows, row bytes)."""
-        rows, columns = planned.tensor.shape
+    def rows(self, planned: TensorPlan, start: int, stop: int) -> np.ndarray | None:
+        """Packed rows [start, stop) of a tensor, uint8 (rows, row bytes); None for one that is not here."""
+        file = self.folder / planned.tensor.name
+        if planned.method not in CALIBRATED and not file.is_file():
+            return None
+        rows, columns = (1, *planned.tensor.shape)[-2:]
         shape = rows, row_bytes(planned.codec, columns)
-        return np.array(np.memmap(self.folder / planned.tensor.name, np.uint8, "r", shape=shape)[start:stop])
+        return np.array(np.memmap(file, np.uint8, "r", shape=shape)[start:stop])
 
 
 def round_model(
@@ -84,6 +91,7 @@ def round_model(
     text: CalibrationText,
     device: str = "cpu",
     stages: Stages = silent,
+    keep_values: bool = False,
 ) -> Rounded:
     """Round every tensor of a plan whose method is in CALIBRATED.
 
@@ -95,17 +103,18 @@ def round_model(
         text: the calibration text.
         device: where the model is computed.
         stages: shows progress.
+        keep_values: True where something else was measured on the values as they are (an 8-bit KV cache).
 
     Raises:
         UnsupportedError: statistics that nothing can be rounded by; names the tensor.
         OutputError: the cache cannot be written.
     """
-    folder = cache_dir() / "rounded" / _key(checkpoint, plan, text, device)
+    folder = cache_dir() / "rounded" / _key(checkpoint, plan, text, device, keep_values)
     steps = plan.model.layers + 1
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with torch.inference_mode(), stages("calibrate", steps) as advance:
-            run = _Run(checkpoint, plan, text.ids, folder, device)
+            run = _Run(checkpoint, plan, text.ids, folder, device, keep_values)
             advance(run.finished)
             while run.finished < steps:
                 run.step()
@@ -123,9 +132,16 @@ class _Run:
     """One rounding: what is finished of it, and its files."""
 
     def __init__(
-        self, checkpoint: Checkpoint | Rewritten, plan: QuantPlan, ids: np.ndarray, folder: Path, device: str
+        self,
+        checkpoint: Checkpoint | Rewritten,
+        plan: QuantPlan,
+        ids: np.ndarray,
+        folder: Path,
+        device: str,
+        keep_values: bool,
     ) -> None:
         self._checkpoint, self._plan, self._ids, self._folder = checkpoint, plan, ids, folder
+        self._keep_values = keep_values
         self._decoder = Decoder(plan.model, device)
         self._device = self._decoder.device
         self._planned = {(t.tensor.role, t.tensor.layer): t for t in plan.tensors}
@@ -158,8 +174,10 @@ class _Run:
                 out.write(batch, rows[ids[batch].to(self._device)])
 
     def _round_block(self, layer: int) -> list[LinearFigures]:
-        weights = load_block(self._checkpoint, self._plan.model, layer, self._device)
+        weights, scaled = self._scaled_block(layer)
         rounded = dict(weights)
+        if scaled:
+            rounded |= self._written(layer, weights)
         true, real = self._path("float", layer, weights), self._path("rounded", layer, rounded)
         figures = []
         for role in LINEARS:
@@ -167,11 +185,38 @@ class _Run:
             for batch in self._batches:
                 moments.add(true.input(role, batch), real.input(role, batch))
             rounded[role], found = self._round(self._planned[role, layer], moments)
-            figures += found
+            figures += [replace(row, scaled=scaled.get(role)) for row in found]
         for path in (true, real):
             for batch in self._batches:
                 path.finish(batch)
         return figures
+
+    def _scaled_block(self, layer: int) -> tuple[Weights, dict[str, float]]:
+        """A block's weights with the scales that its methods ask for, and what those left of the error by role."""
+        weights = load_block(self._checkpoint, self._plan.model, layer, self._device)
+        planned = self._block(layer)
+        if not any(t.method in SCALED for t in planned.values()):
+            return weights, {}
+        states = self._states(f"hidden-{layer}-rounded", self._plan.model.hidden_size)
+        hidden = (states.read(batch).to(self._device) for batch in self._batches)
+        found = find_scales(self._decoder, planned, weights, hidden, self._keep_values)
+        folded = fold(self._plan.model, planned, weights, {role: scales.values for role, scales in found.items()})
+        return folded, {role: scales.error for role, scales in found.items()}
+
+    def _block(self, layer: int) -> dict[str, TensorPlan]:
+        """The plans of a block's tensors, by role."""
+        return {role: planned for (role, n), planned in self._planned.items() if n == layer}
+
+    def _written(self, layer: int, weights: Weights) -> Weights:
+        """A scaled block's float tensors as they are written, here and now: they are not the checkpoint's any more."""
+        written = {}
+        for role, planned in self._block(layer).items():
+            if is_float(planned.codec):
+                module = codec(planned.codec)
+                packed = module.pack(module.quantize(weights[role].reshape(-1, weights[role].shape[-1]).cpu().numpy()))
+                packed.tofile(self._folder / planned.tensor.name)
+                written[role] = _tensor(module.dequantize(module.unpack(packed)), self._device).view_as(weights[role])
+        return written
 
     def _round_head(self) -> list[LinearFigures]:
         spec = self._plan.model
@@ -190,10 +235,11 @@ class _Run:
         if planned.method not in CALIBRATED:
             return self._round_alone(planned, moments.weight), []
         tensor, module = planned.tensor, codec(planned.codec)
+        method = load("methods", planned.method.split("+")[-1])
         try:
             aimed = moments.aim()
             statistics = moments.statistics()
-            quantized = load("methods", planned.method).quantize(aimed.cpu().numpy(), module, statistics, self._device)
+            quantized = method.quantize(aimed.cpu().numpy(), module, statistics, self._device)
         except UnsupportedError as error:
             raise UnsupportedError(f"tensor {tensor.name!r}: {error.message}", error.hint) from error
         packed = module.pack(quantized)
@@ -352,11 +398,14 @@ def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(values).to(device)
 
 
-def _key(checkpoint: Checkpoint | Rewritten, plan: QuantPlan, text: CalibrationText, device: str) -> str:
+def _key(
+    checkpoint: Checkpoint | Rewritten, plan: QuantPlan, text: CalibrationText, device: str, keep_values: bool
+) -> str:
     """Names a rounding by all that it depends on."""
     tensors = [(t.tensor.name, t.codec, t.method) for t in plan.tensors]
     basis = getattr(checkpoint, "basis", None)  # a checkpoint itself has none
-    said = repr((_VERSION, fingerprint(checkpoint.path), basis, tensors, text.sha256, text.ids.shape, device))
+    model = fingerprint(checkpoint.path), basis, tensors, keep_values
+    said = repr((_VERSION, model, text.sha256, text.ids.shape, device))
     return hashlib.sha256(said.encode()).hexdigest()[:32]
 
 

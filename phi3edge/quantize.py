@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, TypeAlias
 from phi3edge.codecs import codec
 from phi3edge.errors import UnsupportedError
 from phi3edge.machine import usable_cores
-from phi3edge.methods import CALIBRATED
 from phi3edge.registry import load
 from phi3edge.types import QuantPlan, Statistics, TensorPlan
 
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
 CHUNK_WEIGHTS = 2**20
 """Weights of one chunk: 4 MiB as float32, which stays in a core's share of the cache."""
 
-Rows: TypeAlias = "Callable[[TensorPlan, int, int], np.ndarray]"
-"""rows(planned, start, stop): packed rows of a tensor that is rounded already, uint8 (rows, row bytes)."""
+Rows: TypeAlias = "Callable[[TensorPlan, int, int], np.ndarray | None]"
+"""rows(planned, start, stop): packed rows of a tensor, uint8 (rows, row bytes), or None if it is not rounded yet."""
 
 PackedTensor: TypeAlias = "tuple[TensorPlan, Iterator[np.ndarray]]"
 
@@ -46,7 +45,7 @@ def quantize(
         checkpoint: where weights are read.
         plan: a codec and a method for every tensor.
         threads: None for one per usable core.
-        rounded: gives the packed rows of tensors whose method was carried out before.
+        rounded: gives the packed rows of tensors that are rounded already.
         statistics: of the linears' inputs, by tensor name; what is missing is rounded without.
 
     Yields:
@@ -95,9 +94,8 @@ def _pack_rows(
     stop: int,
 ) -> np.ndarray:
     """Rows start to stop of a tensor, rounded and packed."""
-    if t.method in CALIBRATED:
-        assert rounded is not None
-        return rounded(t, start, stop)
+    if rounded is not None and (ready := rounded(t, start, stop)) is not None:
+        return ready
     module, method = codec(t.codec), load("methods", t.method)
     read = checkpoint.codes if t.method == "imported" else checkpoint.rows
     try:

@@ -14,7 +14,7 @@ from phi3edge.errors import ConfigError, UsageError
 from phi3edge.registry import did_you_mean
 from phi3edge.types import ROLES, TensorSpec
 
-Method = Literal["rtn", "gptq"]
+Method = Literal["rtn", "awq", "gptq", "awq+gptq"]
 METHODS = get_args(Method)
 GROUPS = ("linear", "norm")
 """Names in [codecs] that stand for several roles: every linear, every norm. A role's own name wins over its group."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from phi3edge.errors import MissingExtraError, UnsupportedError, UsageError
-from phi3edge.methods import CALIBRATED
+from phi3edge.methods import CALIBRATED, SCALED
 from phi3edge.progress import Stages
 from phi3edge.quantize import Rows
 from phi3edge.types import JSON, ModelSpec, QuantPlan, Statistics
@@ -89,7 +89,7 @@ def require_rounding(rounding: Rounding, calibrated: bool) -> None:
     """
     if calibrated and rounding.statistics:
         raise UsageError(
-            "--statistics goes with --method rtn: gptq measures each linear on the rounded blocks before it",
+            "--statistics goes with --method rtn: others measure each linear on the rounded blocks before it",
             "leave out --statistics, or --method",
         )
     if rounding.device not in ("cpu", "cuda"):
@@ -106,8 +106,8 @@ def require_rounding(rounding: Rounding, calibrated: bool) -> None:
 
 
 def basis_of(source: Checkpoint, plan: QuantPlan, kv_cache: str) -> Checkpoint | Rewritten:
-    """The weights in the basis in which a plan rounds them: the checkpoint's own, unless it is calibrated."""
-    if not is_calibrated(plan) or any(t.method == "imported" for t in plan.tensors):
+    """The weights in the basis in which a plan rounds them: the checkpoint's own, unless gptq alone rounds them."""
+    if not is_calibrated(plan) or any(t.method in ("imported", *SCALED) for t in plan.tensors):
         return source
     from phi3edge.rewrite import Rewritten
 
@@ -132,7 +132,7 @@ def round_weights(source: Checkpoint, plan: QuantPlan, rounding: Rounding, kv_ca
     sequences = rounding.sequences or default_sequences(spec)
     text = calibration_text(rounding.calibration, source.path, spec, sequences, tokens, device=device, stages=stages)
     basis = basis_of(source, plan, kv_cache)
-    found = round_model(basis, plan, text, device, stages)
+    found = round_model(basis, plan, text, device, stages, keep_values=kv_cache == "int8")
     described = {
         "text": text.name,
         "sha256": text.sha256,
@@ -142,7 +142,7 @@ def round_weights(source: Checkpoint, plan: QuantPlan, rounding: Rounding, kv_ca
         "linears": [asdict(row) for row in found.figures],
     }
     notes = [f"Calibrated on {text.ids.size} tokens of {text.name}."]
-    if basis is not source:
+    if basis is not source or any(t.method in SCALED for t in plan.tensors):
         notes.append("Weights are in another basis than the checkpoint's: adapters made for it do not fit them.")
     return Rounded(basis, found.rows, None, text.ids, described, notes + ([text.note] if text.note else []))
 

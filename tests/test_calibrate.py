@@ -62,9 +62,9 @@ def logits(
     weights = {}
     for t in plan.tensors:
         weight = source.read(t.tensor.name)
-        if rows is not None and t.method in calibrate.CALIBRATED:
+        if rows is not None and (packed := rows.rows(t, 0, t.tensor.shape[0])) is not None:
             module = codec(t.codec)
-            weight = module.dequantize(module.unpack(rows.rows(t, 0, t.tensor.shape[0])))
+            weight = module.dequantize(module.unpack(packed)).reshape(t.tensor.shape)
         elif not is_float(t.codec):
             module = codec(t.codec)
             weight = module.dequantize(module.quantize(weight))

@@ -64,7 +64,11 @@ def parse_budget(size: str | None, bits_per_weight: float | None) -> Budget | No
 
 MethodOption = Annotated[
     str | None,
-    typer.Option("--method", help="rtn: round to nearest; gptq: calibrated error feedback. Default: the recipe's."),
+    typer.Option(
+        "--method",
+        help="rtn: round to nearest; gptq: calibrated error feedback; awq: scaled channels; awq+gptq. "
+        "Default: the recipe's.",
+    ),
 ]
 CalibrationOption = Annotated[
     str | None,
