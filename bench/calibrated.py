@@ -1,12 +1,12 @@
 """Calibrated artifacts of the demo beside the peers' of the same layout or size, all scored in one run.
 
-    python bench/calibrated.py WORK --llama-cpp DIR --text FILE [--calibration FILE] [--second-text FILE] [--only NAME ...]
+    python bench/calibrated.py WORK --llama-cpp DIR --text FILE [--calibration FILE] [--second-text FILE]
 
-DIR holds llama.cpp's source in `llama.cpp` and its tools in `bin`. `--text` is scored on. `--calibration` is what llama.cpp's
-importance matrix is made on, all of it, and what we calibrate on, 48 sequences of 512 tokens of it. Without it we take our
-default text, and the peers `--peer-calibration`. Names: q4_0, q4_k_m, iq4_xs (ours: a budget of the peer's bytes), onnx
-(peer: onnxruntime-genai's builder with k_quant_mixed). Export times are those of runs on text that was not generated yet.
-One JSON line an artifact, then the ratios of KL and bytes.
+DIR holds llama.cpp's source in `llama.cpp` and its tools in `bin`. `--text` is scored on. `--calibration` is what
+llama.cpp's importance matrix is made on, all of it, and what we calibrate on, 48 sequences of 512 tokens of it. Without
+it we take our default text, and the peers `--peer-calibration`. Names: q4_0, q4_k_m, iq4_xs (ours: a budget of the
+peer's bytes), onnx (peer: onnxruntime-genai's builder with k_quant_mixed). Export times are those of runs on text that
+was not generated yet. One JSON line an artifact, then the ratios of KL and bytes.
 """
 
 from __future__ import annotations
