@@ -25,8 +25,8 @@ TOKENS = 512
 
 TOKENS_PER_INPUT = 16
 LEAST_SEQUENCES, MOST_SEQUENCES = 48, 128
-"""Unless the user says otherwise, the text has so many tokens for each input of the widest linear, whose statistics need
-the most, within bounds that a computer without a GPU can bear."""
+"""Unless the user says otherwise, the text has so many tokens for each input of the widest linear, whose statistics
+need the most, within bounds that a computer without a GPU can bear."""
 
 
 @dataclass(frozen=True, slots=True)

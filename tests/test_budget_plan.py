@@ -126,7 +126,7 @@ def test_gptq_is_predicted_in_the_basis_that_it_rounds_in(model: str, text: str)
     gptq = prepare(model, "cpu", format_="gguf", budget=limit, rounding=Rounding("gptq", text)).plan
     assert rtn.predicted_kl is not None
     assert gptq.predicted_kl is not None
-    assert 0.3 < gptq.predicted_kl / rtn.predicted_kl < 0.9
+    assert 0.1 < gptq.predicted_kl / rtn.predicted_kl < 0.9
 
 
 def test_what_cannot_be_is_refused_in_one_line(model: str, tmp_path: Path) -> None:
