@@ -1,7 +1,7 @@
-"""The demo without a grid: its 4-bit original gets uniform noise of half a step before it is rewritten.
+"""The demo without a grid: its 4-bit original gets uniform noise of up to half a step before it is rewritten.
 
-The demo's weights descend from Q4_1's grid, of which its channel scales leave no trace in any block; a method that
-undoes such scales finds part of the grid again, and seems better than it is. Here there is none to find.
+The demo's weights descend from Q4_1's grid, which random channel scales hide; a method that undoes such scales finds
+part of the grid again, and seems better than it is. Here there is none to find, and there are no scales to undo.
 """
 
 from __future__ import annotations
@@ -27,5 +27,5 @@ def write_dithered_demo(folder: Path, seed: int = 0) -> None:
         return plain(data) + step * noise
 
     folder.mkdir(parents=True)
-    with patch.dict(demo.DEQUANTIZE, {Q4_1: dithered}):
+    with patch.dict(demo.DEQUANTIZE, {Q4_1: dithered}), patch.object(demo, "SPREAD", 0.0):
         demo.write_checkpoint(demo.original_gguf(cache_dir()), folder)

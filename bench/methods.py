@@ -2,7 +2,7 @@
 
     python bench/methods.py [--checkpoint demo | --dither FOLDER] [--text FILE] [--methods awq gptq] [--codecs q4_0]
 
---dither writes a variant of the demo there, unless it is there already, whose weights lie on no grid, and takes that.
+--dither takes a variant of the demo without grid or channel scales, and writes it there unless it is there already.
 KL and perplexity are those of the packed rows, computed in torch over the second halves of the chunks. One JSON line
 for each; KL in nats a token, seconds of rounding alone. Calibration text that the model writes is kept in the cache.
 """
