@@ -53,6 +53,15 @@ def test_gptq_is_nearer_to_the_reference_than_rtn(made: Path, model: Path, tmp_p
     assert kl[0] < kl[1]
 
 
+def test_a_real_model_keeps_more_than_half_of_what_rounding_to_nearest_loses(tmp_path: Path) -> None:
+    kl = {}
+    for method in ("rtn", "gptq"):
+        rounding = Rounding(method, "python", sequences=8)
+        made = export("demo", "cpu", format_="gguf", recipe="q4_0", out=tmp_path / method, rounding=rounding)
+        kl[method] = validate_artifact(made.folder, chunks=2)[0].metrics["kl_mean"].value
+    assert kl["gptq"] < 0.5 * kl["rtn"]
+
+
 def test_the_same_inputs_give_the_same_bytes(made: Path, model: Path, text: Path, tmp_path: Path) -> None:
     rounding = Rounding("gptq", str(text), sequences=8)
     again = export(str(model), "cpu", format_="gguf", recipe="q4_0", out=tmp_path / "out", rounding=rounding)
