@@ -29,8 +29,9 @@ from phi3edge.types import ModelSpec
 
 SELF, PYTHON = "self", "python"
 MIXED = f"{SELF}+{PYTHON}"
-DEFAULT = MIXED
-"""What is taken if no text is given."""
+DEFAULT = SELF
+"""What is taken if no text is given. On the demo in Q4_0 it costs 1.24 times the KL on wikitext-2 that calibration on
+wikitext-2's own validation text does; half self, half python 1.40."""
 
 LEAST_SEQUENCES = 8
 SPAN = 256
