@@ -295,6 +295,7 @@ def test_an_interrupt_leaves_nothing_and_says_so(demo, tmp_path, sent, code):
         [sys.executable, "-m", "phi3edge", "export", "demo", "--out", tmp_path / "out", "--no-validate"],
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL),  # a shell's background job ignores SIGINT
     )
     deadline = time.monotonic() + 120
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
