@@ -35,7 +35,7 @@ from phi3edge.reference import load_tokenizer
 from phi3edge.rewrite import Rewritten
 from phi3edge.rounding import TOKENS, default_sequences
 from phi3edge.sources import resolve
-from phi3edge.text import chunk, default_text, read_text
+from phi3edge.text import cut, default_text, read_text
 from phi3edge.types import ModelSpec, QuantPlan, Statistics, TensorPlan
 
 METHODS = ("rtn", "rtn-statistics", "awq", "awq+gptq", "gptq-plain", "gptq")
@@ -65,7 +65,7 @@ def main() -> None:
         text = calibration_text(args.calibration, checkpoint.path, spec, sequences, tokens)
         scored = read_text(args.text) if args.text else default_text()
         ids = load_tokenizer(checkpoint.path)(scored.text)["input_ids"]
-        evaluation = Evaluation(checkpoint, spec, chunk(ids, args.chunks, tokens, scored.name))
+        evaluation = Evaluation(checkpoint, spec, cut(ids, args.chunks, tokens, tokens, scored.name))
         os.environ["PHI3EDGE_CACHE"] = cache  # what is rounded already would take no time
         said = {"calibration": text.name, "sequences": len(text.ids), "text": scored.name, "chunks": args.chunks}
         print(json.dumps({"checkpoint": name, **said, "perplexity": round(evaluation.float_perplexity, 4)}), flush=True)

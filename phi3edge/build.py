@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import tempfile
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
@@ -13,16 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from phi3edge import __version__, manifest, recipes
+from phi3edge import __version__, folders, manifest, recipes
 from phi3edge.budget import Budget
 from phi3edge.budget_plan import SEQUENCES, TOKENS, budget_recipe, find_budget, plan_within, require_room
-from phi3edge.calibration import CalibrationText
 from phi3edge.checkpoint import SMALL_FILES
 from phi3edge.emitters import FILES, Job, open_emitter
-from phi3edge.errors import MissingExtraError, OutputError, UnsupportedError, UsageError
+from phi3edge.errors import MissingExtraError, UnsupportedError, UsageError
 from phi3edge.families import parse_config
-from phi3edge.files import new_folder, sha256, write_text
-from phi3edge.genai_folder import is_genai
+from phi3edge.files import new_folder, sha256
 from phi3edge.plan import (
     Fit,
     choose_context,
@@ -37,7 +34,6 @@ from phi3edge.plan import (
 from phi3edge.progress import Stages, reporting, silent
 from phi3edge.quantize import quantize
 from phi3edge.recipes import Recipe, load_recipe, with_method
-from phi3edge.registry import load
 from phi3edge.rounding import Rounding, basis_of, is_calibrated, require_rounding, round_weights
 from phi3edge.sources import resolve, resolve_spec
 from phi3edge.targets import KV_TYPES, Format, Runtime, Target, load_target
@@ -45,22 +41,8 @@ from phi3edge.types import JSON, KVScales, ModelSpec, QuantPlan, Source
 
 if TYPE_CHECKING:
     from phi3edge.checkpoint import Checkpoint
-    from phi3edge.comparison import Comparison
-    from phi3edge.report import Report
-
-REPORT_NAME = "report.json"
-COMPARISON_NAME = "comparison.json"
-CALIBRATION_NAME = "calibration.npy"
-"""Token ids of the calibration text, int32 (sequences, tokens): what may never be evaluated on."""
-RUNNERS = {"gguf": "llama_cpp", "onnx": "ort_genai"}
-"""The runner's file by format."""
 
 PLAIN = Rounding()
-
-NOT_RUN = (
-    "its graph was checked against the operators and types that it documents; the same graph and weights ran here on "
-    "ONNX Runtime's CPU provider, which these figures are of"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +239,7 @@ def export(
         if not force and ready.budget is None:
             require_fit(ready.plan, ready.fit, ready.target_name, ready.target, ready.format)
         folder = out or default_folder(ready)
-        require_free(folder, force)
+        folders.require_free(folder, force)
         source = resolve(name, report)
     with source:
         spec = parse_config(source.config, source.generation_config, source.name)
@@ -274,7 +256,7 @@ def export(
         job = Job(ready.plan, ready.recipe, source, ready.runtime, ready.fit.context, name_, limit, scales)
         emitter = open_emitter(ready.format, job)
         rounded = round_weights(source, ready.plan, rounding, ready.runtime.kv_cache, stages)
-        with new_folder(folder, lambda: require_free(folder, force)) as partial:
+        with new_folder(folder, lambda: folders.require_free(folder, force)) as partial:
             with (
                 stages("quantize", ready.plan.weight_bytes) as advance,
                 source.each_read_once(spec) if rounded.rows is None else nullcontext(),  # calibration read them before
@@ -289,7 +271,7 @@ def export(
             inputs = _describe_inputs(source, stages)
             content = _manifest(name, source.source, ready, written, inputs, notes, emitter.requires, rounded.described)
             if rounded.ids is not None:
-                np.save(partial / CALIBRATION_NAME, rounded.ids.astype(np.int32))
+                np.save(partial / folders.CALIBRATION, rounded.ids.astype(np.int32))
             manifest.write_json(partial / manifest.NAME, content)
     paths = [folder / f.path.name for f in files]
     return Exported(folder, paths[0], paths, ready, notes)
@@ -322,7 +304,7 @@ def export_formats(
         if not force and ready.budget is None:
             require_fit(ready.plan, ready.fit, ready.target_name, ready.target, format_)
     folder = out or default_folder(ready)
-    with new_folder(folder, lambda: require_free(folder, force)) as partial:
+    with new_folder(folder, lambda: folders.require_free(folder, force)) as partial:
         made = [
             export(
                 name,
@@ -376,201 +358,12 @@ def default_folder(ready: Prepared) -> Path:
     return Path("dist") / f"{ready.plan.model.name.lower()}-{ready.target_name}"
 
 
-def artifacts_in(folder: Path) -> list[Path]:
-    """The artifacts' folders within a folder that `export_formats` wrote; empty for anything else."""
-    if not folder.is_dir() or (folder / manifest.NAME).is_file():
-        return []
-    return [folder / name for name in FILES if (folder / name / manifest.NAME).is_file()]
-
-
-def validate_together(
-    folder: Path,
-    checkpoint: str | None = None,
-    target: str | None = None,
-    *,
-    text: Path | None = None,
-    chunks: int = 16,
-    threads: int | None = None,
-    stages: Stages = silent,
-) -> tuple[Comparison, Path | None]:
-    """Validate every artifact in a folder that `export_formats` wrote, and hold them against each other.
-
-    Arguments, result and errors are those of `validate_artifact`; what is written is comparison.json.
-    """
-    from phi3edge.comparison import compare, to_json
-
-    reports, kept, written = {}, {}, []
-    with tempfile.TemporaryDirectory() as work:
-        for part in artifacts_in(folder):
-            kept[part.name] = Path(work) / f"{part.name}.npy"
-            reports[part.name], own = validate_artifact(
-                part,
-                checkpoint,
-                target,
-                text=text,
-                chunks=chunks,
-                threads=threads,
-                keep=kept[part.name],
-                stages=stages,
-            )
-            written.append(own)
-        comparison = compare(reports, kept)
-    if not all(written):
-        return comparison, None
-    write_text(folder / COMPARISON_NAME, to_json(comparison))
-    return comparison, folder / COMPARISON_NAME
-
-
-def validate_artifact(
-    artifact: Path,
-    checkpoint: str | None = None,
-    target: str | None = None,
-    *,
-    text: Path | None = None,
-    chunks: int = 16,
-    threads: int | None = None,
-    keep: Path | None = None,
-    stages: Stages = silent,
-) -> tuple[Report, Path | None]:
-    """Run an artifact beside its reference, hold it against a target's gates, and write its report.json.
-
-    Args:
-        artifact: a folder that `export` wrote, or a file or folder that a runtime opens.
-        checkpoint: the reference's name; None for the one that the manifest names.
-        target: whose gates, context and KV cache to use; None for the one that the manifest names.
-        text: what to score on; None for the documentation inside Python.
-        chunks: chunks of 512 tokens of it.
-        threads: of the runtime; None for one per usable core.
-        keep: where to write the artifact's log-probabilities; see `phi3edge.validate.validate`.
-        stages: shows progress.
-
-    Returns:
-        The report, and the file it was written to: None if the artifact is in no folder of ours, or was held against
-        another checkpoint or target than its own.
-
-    Raises:
-        Phi3EdgeError: see `phi3edge.validate.validate`. A missed gate is in the report, not an error.
-    """
-    from phi3edge.report import to_json
-    from phi3edge.text import read_text
-    from phi3edge.validate import validate
-
-    if not artifact.exists():
-        raise UsageError(f"{artifact} does not exist", "expected an exported folder, a .gguf file or an ONNX folder")
-    if found := artifacts_in(artifact):
-        raise UsageError(f"{artifact} holds {len(found)} artifacts", f"name one of them: {found[0]}")
-    folder = artifact if artifact.is_dir() else artifact.parent
-    ours = (folder / manifest.NAME).is_file() or (artifact.is_dir() and not is_genai(artifact))
-    described = manifest.read_manifest(folder) if ours else None
-    if described is None and (checkpoint is None or target is None):
-        missing = "--checkpoint" if checkpoint is None else "--target"
-        raise UsageError(f"{artifact} has no {manifest.NAME} beside it that says what it is", f"give {missing}")
-    said: JSON = described or {"model": {}}
-    target_name, device = load_target(target or said["target"])
-    with reporting(stages) as told:
-        source = resolve(checkpoint or said["model"]["checkpoint"], told)
-    source.close()  # the reference is computed from its folder
-    format_ = said.get("format", "onnx" if is_genai(artifact) else "gguf")
-    runtime = device.formats.get(format_) or next(iter(device.formats.values()))
-    report = validate(
-        folder / said["files"][0]["name"] if described and artifact.is_dir() else artifact,
-        source.path,
-        text=read_text(text) if text else None,
-        chunks=chunks,
-        gates=device.gates,
-        context=said.get("context") or device.context,
-        kv_type=said.get("kv_cache", runtime.kv_cache),
-        threads=threads,
-        name=source.name,
-        source=source.source,
-        not_run=() if runtime.runs_here else (f"{runtime.name}: {NOT_RUN}",),
-        keep=keep,
-        predicted_kl=said.get("plan", {}).get("predicted_kl"),
-        calibration=_calibration(folder, said),
-        stages=stages,
-    )
-    if described is None or checkpoint is not None or target_name != said["target"]:
-        return report, None  # the artifact's own report is that against its own reference and gates
-    write_text(folder / REPORT_NAME, to_json(report))
-    return report, folder / REPORT_NAME
-
-
-def _calibration(folder: Path, said: JSON) -> CalibrationText | None:
-    """What an artifact of ours was calibrated on.
-
-    Raises:
-        OutputError: its file is not the one that the manifest speaks of.
-    """
-    described = said.get("calibration")
-    if not described or described["sha256"] is None:  # an importance matrix has no text with it
-        return None
-    try:
-        text = CalibrationText(np.load(folder / CALIBRATION_NAME).astype(np.int64), described["text"])
-    except (OSError, ValueError) as error:
-        raise OutputError(f"cannot read {folder / CALIBRATION_NAME}: {error}", "export the artifact again") from error
-    if text.sha256 != described["sha256"]:
-        raise OutputError(f"{folder / CALIBRATION_NAME} is not what {manifest.NAME} says", "export the artifact again")
-    return text
-
-
-def require_validation(target: str, formats: Sequence[Format], text: Path | None) -> None:
-    """Raise what validating would raise for a target, a text or missing packages, before time is spent.
-
-    Raises:
-        Phi3EdgeError: a gate on an unknown metric, a text that cannot be read, an extra that is not installed.
-    """
-    from phi3edge.reference import require_reference
-    from phi3edge.report import check_gates
-    from phi3edge.text import read_text
-
-    check_gates(load_target(target)[1].gates)
-    if text:
-        read_text(text)
-    require_reference()
-    for format_ in formats:
-        load("runners", RUNNERS[format_]).require_runtime()
-
-
 def require_quantizers() -> None:
     """Raise MissingExtraError unless the codecs can run."""
     try:
         import numba  # noqa: F401
     except ImportError:
         raise MissingExtraError("quantizing", "gguf") from None
-
-
-def require_free(folder: Path, force: bool) -> None:
-    """Raise unless an artifact may take the place of `folder`.
-
-    Raises:
-        OutputError: `folder` exists and `force` is false, or it is not an artifact, which is never replaced, or it is
-            the working folder or holds it.
-    """
-    if not folder.exists():
-        return
-    if Path.cwd().is_relative_to(folder.resolve()):
-        raise OutputError(f"{folder} is the working folder or holds it", "choose a folder of its own: --out NAME")
-    if not folder.is_dir() or (strange := _not_ours(folder)):
-        what = f"holds {strange[0]}, which phi3edge did not write" if folder.is_dir() else "is a file"
-        raise OutputError(f"{folder} {what}; it is never replaced", "choose another --out")
-    if not force:
-        raise OutputError(f"{folder} exists", "--force replaces it, --out writes elsewhere")
-
-
-def _not_ours(folder: Path) -> list[str]:
-    """Names in a folder that are no part of an artifact of ours, sorted."""
-    found = {path.name for path in folder.iterdir()}
-    if manifest.NAME in found:
-        found -= {
-            manifest.NAME,
-            REPORT_NAME,
-            CALIBRATION_NAME,
-            *(entry["name"] for entry in manifest.read_manifest(folder)["files"]),
-        }
-    parts = artifacts_in(folder)
-    if parts:
-        found -= {COMPARISON_NAME, *(part.name for part in parts)}
-    return sorted([*found, *(f"{part.name}/{name}" for part in parts for name in _not_ours(part))])
 
 
 def formats_of(target: str, wanted: str | None, recipe: str | None = None) -> list[Format]:

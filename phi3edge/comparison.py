@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-from itertools import combinations
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from phi3edge._toml import Strict
-from phi3edge.report import METRICS, Metric, Report, show_value, to_data
+from phi3edge.metrics import METRICS, Metric, show_value
+from phi3edge.report import Report, to_data
 from phi3edge.types import JSON
-from phi3edge.validate import kl_divergence, log_softmax, mean_of
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -24,46 +20,23 @@ class Pair(Strict):
     Attributes:
         a: name of the first, a key of Comparison.reports.
         b: name of the second.
-        kl_ab: KL(a || b) per token in nats, mean.
-        kl_ba: KL(b || a).
+        kl: KL(a || b) per token in nats, mean.
         top1: share of tokens whose most likely next token is the same.
     """
 
     a: str
     b: str
-    kl_ab: Metric
-    kl_ba: Metric
+    kl: Metric
     top1: Metric
 
 
 class Comparison(Strict):
     """What a validation of several artifacts found. `passed` holds exactly if every report's does."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     passed: bool
     reports: dict[str, Report]
     pairs: list[Pair]
-
-
-def compare(reports: dict[str, Report], kept: dict[str, Path]) -> Comparison:
-    """Hold artifacts against each other.
-
-    Args:
-        reports: each artifact's report by name; all of one text and protocol.
-        kept: for each of them the file of log-probabilities that `validate` kept.
-    """
-    pairs = [_pair(a, b, kept[a], kept[b]) for a, b in combinations(reports, 2)]
-    return Comparison(passed=all(r.passed for r in reports.values()), reports=reports, pairs=pairs)
-
-
-def _pair(a: str, b: str, kept_a: Path, kept_b: Path) -> Pair:
-    ab, ba, same = [], [], []
-    for rows_a, rows_b in zip(np.load(kept_a, mmap_mode="r"), np.load(kept_b, mmap_mode="r"), strict=True):
-        p, q = log_softmax(rows_a.astype(np.float32)), log_softmax(rows_b.astype(np.float32))
-        ab.append(kl_divergence(p, q))
-        ba.append(kl_divergence(q, p))
-        same.append(p.argmax(-1) == q.argmax(-1))
-    return Pair(a=a, b=b, kl_ab=mean_of(ab), kl_ba=mean_of(ba), top1=mean_of(same))
 
 
 def to_json(comparison: Comparison) -> str:
@@ -100,8 +73,8 @@ def render(comparison: Comparison) -> Group:
     table.add_row("gates", *gates)
     pairs = [
         Text(
-            f"{pair.a} and {pair.b} against each other: KL {show_value(pair.kl_ab.value, 'nats')} and "
-            f"{show_value(pair.kl_ba.value, 'nats')}, same most likely token {show_value(pair.top1.value, '%')}"
+            f"KL({pair.a} || {pair.b}) {show_value(pair.kl.value, 'nats')}, "
+            f"same most likely token {show_value(pair.top1.value, '%')}"
         )
         for pair in comparison.pairs
     ]

@@ -9,7 +9,7 @@ import numpy as np
 
 from phi3edge.progress import Stages, silent
 from phi3edge.reference import load_model, load_tokenizer
-from phi3edge.text import Text, chunk, default_text
+from phi3edge.text import Text, cut, default_text
 from phi3edge.types import KVScales
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def calibrate_kv(checkpoint: Path, text: Text | None = None, stages: Stages = si
     """
     text = text or default_text()
     last = load_tokenizer(checkpoint)(text.text)["input_ids"][-CHUNKS * CHUNK_TOKENS :]
-    ids = chunk(last, CHUNKS, CHUNK_TOKENS, text.name)
+    ids = cut(last, CHUNKS, CHUNK_TOKENS, CHUNK_TOKENS, text.name)
     with stages("load reference", None):
         model = load_model(checkpoint)
     import torch

@@ -12,9 +12,20 @@ def usable_cores() -> int:
 
 
 def free_memory() -> int | None:
-    """Bytes that programs can still have, or None where it is not known."""
+    """Bytes that programs can still have, or None where it is not known; a container's own limit counts."""
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     except OSError:
         return None
-    return 1024 * int(lines["MemAvailable"].split()[0])
+    free = 1024 * int(lines["MemAvailable"].split()[0])
+    return min(free, _free_in_container(Path("/sys/fs/cgroup"), free))
+
+
+def _free_in_container(group: Path, otherwise: int) -> int:
+    """What a control group (version 2) leaves to its programs; cached files count as free."""
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return otherwise
+    return otherwise if limit == "max" else max(int(limit) - used + int(stat.get("inactive_file", 0)), 0)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from phi3edge import _toml
 from phi3edge._toml import Size, Strict
 from phi3edge.codecs import codec_names, holds, is_float
 from phi3edge.errors import ConfigError, UsageError
+from phi3edge.gates import Gates, known_gates
 from phi3edge.registry import did_you_mean
 from phi3edge.types import ROLES, TensorSpec
 
@@ -133,6 +134,7 @@ class Recipe(Strict):
         fallback: codec to the codec that is taken where a row is not whole blocks of it.
         gguf_file_type: the number that llama.cpp shows for this mix (`general.file_type`).
         budget: what a byte budget chooses from, in place of `codecs`; None for a recipe that is no mix by budget.
+        gates: what an artifact of it is held to, over the target's; see phi3edge.gates.
     """
 
     summary: str
@@ -143,6 +145,9 @@ class Recipe(Strict):
     upgrades: tuple[Upgrade, ...] = ()
     fallback: dict[str, str] = {}
     budget: BudgetRule | None = None
+    gates: Gates = {}
+
+    _gates = field_validator("gates")(known_gates)
 
     @field_validator("codecs", "fallback")
     @classmethod
@@ -238,3 +243,15 @@ def shipped_recipes() -> dict[str, Recipe]:
 def to_json(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain data, for a manifest."""
     return recipe.model_dump(mode="json", exclude_defaults=True)
+
+
+def gates_of(data: Any) -> Gates:
+    """The gates of a recipe that `to_json` made plain data of.
+
+    Raises:
+        ConfigError: they are none.
+    """
+    try:
+        return TypeAdapter(Gates).validate_python(data)
+    except ValidationError as error:
+        raise ConfigError(f"the recipe's gates are not gates: {error.errors()[0]['msg']}", "export again") from None

@@ -1,9 +1,8 @@
 """What an artifact is held against: the checkpoint itself, in float32 through transformers.
 
 The reference's figures of the scored positions are kept in the cache, so that a second artifact of the same checkpoint
-costs no second pass: its most likely tokens and the log-probabilities of the text's own tokens exactly (float32), and
-the whole distributions as float16 log-probabilities, to be normalized again when read. Their rounding adds about 1e-6
-nats to a KL divergence.
+costs no second pass: log-probabilities of the text's own tokens exactly (float32), and the distributions as
+phi3edge.distributions keeps them, in 1 kB a token.
 """
 
 from __future__ import annotations
@@ -26,35 +25,64 @@ import numpy as np
 from phi3edge import machine, prequantized
 from phi3edge.cache import cache_dir
 from phi3edge.checkpoint import open_checkpoint
+from phi3edge.distributions import DRAWN, TOP, Distributions, Keeper, open_kept
 from phi3edge.errors import CheckpointError, MissingExtraError, OutputError, Phi3EdgeError, UsageError
 from phi3edge.families import parse_config
 from phi3edge.progress import Stages, silent
 from phi3edge.types import JSON
 from phi3edge.units import size
 
-CACHE_BYTES = 4 * 10**9
+CACHE_BYTES = 10**9
 """What kept passes may take on disk; the oldest go first. The newest stays whatever its size."""
 
-_FORMAT = "2"  # of the kept files
+_FORMAT = "3"  # of the kept files
 _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of each weight file, evenly spaced, to tell one model's from another's
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """Figures of the scored rows: in each chunk, the second half's positions but the last.
+class Wanted:
+    """What the reference is asked for.
 
     Attributes:
-        log_probs: float16, shape (chunks, rows, vocabulary), a memory map.
+        chunks: windows of the text, int64, shape (chunks, tokens).
+        first: the first position of each whose prediction is scored; the last position's is not.
+        prompts: token ids to continue greedily.
+        greedy_tokens: at most so many tokens each.
+        long: one long sequence, int64, shape (tokens,); empty for none.
+        positions: those of it whose predictions are scored.
+    """
+
+    chunks: np.ndarray
+    first: int
+    prompts: list[list[int]]
+    greedy_tokens: int
+    long: np.ndarray
+    positions: list[int]
+
+    @property
+    def rows(self) -> int:
+        """Positions scored in each chunk."""
+        return self.chunks.shape[1] - self.first - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Figures of the scored rows.
+
+    Attributes:
+        distributions: of the chunks, shape (chunks, rows), memory maps.
         text_log_probs: float32, shape (chunks, rows): log-probability of the token that the text goes on with.
-        top1: int32, shape (chunks, rows): the most likely token.
+        long: distributions of the long sequence's positions, shape (1, positions); None where none were wanted.
         greedy: the most likely continuation of each prompt, without the end-of-generation token.
+        ended: whether an end-of-generation token came after it.
         software: name and version of what computed it.
     """
 
-    log_probs: np.ndarray
+    distributions: Distributions
     text_log_probs: np.ndarray
-    top1: np.ndarray
+    long: Distributions | None
     greedy: list[list[int]]
+    ended: list[bool]
     software: dict[str, str]
 
 
@@ -93,16 +121,12 @@ def _config(checkpoint: Path, name: str) -> JSON:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def reference_pass(
-    checkpoint: Path, ids: np.ndarray, prompts: list[list[int]], greedy_tokens: int, stages: Stages = silent
-) -> Reference:
-    """Runs the checkpoint over the chunks and prompts, or gives back what an earlier run kept.
+def reference_pass(checkpoint: Path, wanted: Wanted, stages: Stages = silent) -> Reference:
+    """Runs the checkpoint over a text and prompts, or gives back what an earlier run kept.
 
     Args:
         checkpoint: folder in Hugging Face layout.
-        ids: chunks of the text, int64, shape (chunks, tokens).
-        prompts: token ids to continue greedily.
-        greedy_tokens: at most so many tokens each.
+        wanted: what of.
         stages: shows progress.
 
     Raises:
@@ -112,12 +136,12 @@ def reference_pass(
         OutputError: no space for the cache.
     """
     root = cache_dir() / "reference"
-    kept = root / _key(checkpoint, ids, prompts, greedy_tokens)
+    kept = root / _key(checkpoint, wanted)
     if not kept.is_dir():
         try:
             root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=root, prefix=".pass-", ignore_cleanup_errors=True) as work:
-                _run(checkpoint, ids, prompts, greedy_tokens, Path(work), stages)
+                _run(checkpoint, wanted, Path(work), stages)
                 if not kept.is_dir():  # else another process was faster
                     Path(work).rename(kept)
         except OSError as error:
@@ -127,47 +151,51 @@ def reference_pass(
         _prune(root, kept)
     notes = json.loads((kept / "notes.json").read_text())
     return Reference(
-        log_probs=np.load(kept / "log_probs.npy", mmap_mode="r"),
+        distributions=open_kept(kept),
         text_log_probs=np.load(kept / "text_log_probs.npy"),
-        top1=np.load(kept / "top1.npy"),
+        long=open_kept(kept / "long") if wanted.positions else None,
         greedy=notes["greedy"],
+        ended=notes["ended"],
         software=notes["software"],
     )
 
 
-def _run(
-    checkpoint: Path, ids: np.ndarray, prompts: list[list[int]], greedy_tokens: int, work: Path, stages: Stages
-) -> None:
+def _run(checkpoint: Path, wanted: Wanted, work: Path, stages: Stages) -> None:
     """The pass itself; leaves its files in `work`."""
     transformers = _transformers()
     import torch
 
     with stages("load reference", None):
         model = load_model(checkpoint)
-    chunks, tokens = ids.shape
-    half = tokens // 2
-    rows = tokens - half - 1
-    shape = (chunks, rows, model.config.vocab_size)
-    text_log_probs, top1 = np.empty(shape[:2], np.float32), np.empty(shape[:2], np.int32)
-    with torch.inference_mode(), (work / "log_probs.npy").open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
-        with stages("reference", chunks) as advance:
-            for i, chunk in enumerate(ids):
-                logits = model(torch.from_numpy(chunk)[None], use_cache=False, logits_to_keep=rows + 1).logits[0, :-1]
+    vocabulary, shape = model.config.vocab_size, (len(wanted.chunks), wanted.rows)
+    text_log_probs = np.empty(shape, np.float32)
+    with torch.inference_mode():
+        with Keeper(work, shape, vocabulary) as keeper, stages("reference", len(wanted.chunks)) as advance:
+            for i, chunk in enumerate(wanted.chunks):
+                ids = torch.from_numpy(chunk)
+                logits = model(ids[None], use_cache=False, logits_to_keep=wanted.rows + 1).logits[0, :-1]
                 log_probs = torch.log_softmax(logits, -1)
-                text_log_probs[i] = log_probs.gather(1, torch.from_numpy(chunk[half + 1 :, None]))[:, 0].numpy()
-                top1[i] = log_probs.argmax(-1).numpy()
-                file.write(log_probs.half().numpy().tobytes())
+                text_log_probs[i] = log_probs.gather(1, ids[wanted.first + 1 :, None])[:, 0].numpy()
+                keeper.add(log_probs.numpy())
                 advance(1)
-        with stages("reference answers", len(prompts)) as advance:
-            greedy = []
-            for prompt in prompts:
-                greedy.append(_greedy(model, prompt, greedy_tokens, eos_ids(checkpoint)))
+        if wanted.positions:
+            (work / "long").mkdir()
+            with (
+                Keeper(work / "long", (1, len(wanted.positions)), vocabulary) as keeper,
+                stages("reference, long", None),
+            ):
+                ids, rows = torch.from_numpy(wanted.long), torch.tensor(wanted.positions)
+                logits = model(ids[None], use_cache=False, logits_to_keep=rows).logits[0]
+                keeper.add(torch.log_softmax(logits, -1).numpy())
+        answers = []
+        with stages("reference answers", len(wanted.prompts)) as advance:
+            for prompt in wanted.prompts:
+                answers.append(_greedy(model, prompt, wanted.greedy_tokens, eos_ids(checkpoint)))
                 advance(1)
     np.save(work / "text_log_probs.npy", text_log_probs)
-    np.save(work / "top1.npy", top1)
     software = {"transformers": transformers.__version__, "torch": torch.__version__}
-    (work / "notes.json").write_text(json.dumps({"greedy": greedy, "software": software}))
+    notes = {"greedy": [a for a, _ in answers], "ended": [ended for _, ended in answers], "software": software}
+    (work / "notes.json").write_text(json.dumps(notes))
 
 
 def load_model(checkpoint: Path) -> Any:
@@ -211,28 +239,29 @@ def _is_prequantized(checkpoint: Path) -> bool:
     return _config(checkpoint, "config.json").get(prequantized.KEY) is not None
 
 
-def _greedy(model: Any, prompt: list[int], max_tokens: int, stop: Iterable[int]) -> list[int]:
-    """The plain most likely continuation: `generate` would apply the penalties of generation_config.json."""
+def _greedy(model: Any, prompt: list[int], max_tokens: int, stop: Iterable[int]) -> tuple[list[int], bool]:
+    """The plain most likely continuation, and whether it ended: `generate` would apply generation_config.json."""
     import torch
 
     out: list[int] = []
     feed, past = torch.tensor([prompt]), None
-    while len(out) < max_tokens:
+    while True:
         step = model(feed, past_key_values=past, use_cache=True, logits_to_keep=1)
         token = int(step.logits[0, -1].argmax())
-        if token in stop:
-            break
+        if token in stop or len(out) == max_tokens:
+            return out, token in stop
         out.append(token)
         feed, past = torch.tensor([[token]]), step.past_key_values
-    return out
 
 
-def _key(checkpoint: Path, ids: np.ndarray, prompts: list[list[int]], greedy_tokens: int) -> str:
+def _key(checkpoint: Path, wanted: Wanted) -> str:
     """Names a pass by all that it depends on."""
     digest = hashlib.sha256()
-    for part in (_FORMAT, _transformers().__version__, ids.shape, prompts, greedy_tokens, eos_ids(checkpoint)):
+    parts = (wanted.chunks.shape, wanted.first, wanted.prompts, wanted.greedy_tokens, wanted.positions)
+    for part in (_FORMAT, TOP, DRAWN, _transformers().__version__, *parts, eos_ids(checkpoint)):
         digest.update(repr(part).encode() + b"\0")
-    digest.update(ids.tobytes())
+    digest.update(wanted.chunks.tobytes())
+    digest.update(wanted.long.tobytes())
     digest.update(fingerprint(checkpoint).encode())
     return digest.hexdigest()[:32]
 
@@ -263,7 +292,7 @@ def _prune(root: Path, newest: Path) -> None:
         if folder.name.startswith(".pass-"):  # one that another process is at work on
             continue
         with contextlib.suppress(OSError):  # another process may have deleted it, or it is no folder
-            taken = sum(file.stat().st_size for file in folder.iterdir())
+            taken = sum(file.stat().st_size for file in folder.rglob("*"))
             found.append((folder != newest, -folder.stat().st_mtime, folder, taken))
     room = CACHE_BYTES
     for is_old, _, folder, taken in sorted(found):

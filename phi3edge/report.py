@@ -3,97 +3,29 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import ConfigDict, ValidationError, model_validator
 
 from phi3edge._toml import Strict
-from phi3edge.errors import ConfigError
-from phi3edge.registry import did_you_mean
+from phi3edge.errors import ConfigError, UsageError
+from phi3edge.gates import Baseline, Gate
+from phi3edge.metrics import METRICS, Metric, show_value
 from phi3edge.types import JSON
-from phi3edge.units import size
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
 
-SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What a metric is.
-
-    Attributes:
-        sense: "max" if a gate on it is an upper limit, "min" if a lower one.
-        unit: how to show it: "", "nats", "%", "tokens/s", "s", "bytes" or "count".
-    """
-
-    label: str
-    sense: Literal["max", "min"]
-    unit: str
-
-
-METRICS = {
-    "ppl": Kind("perplexity", "max", ""),
-    "reference_ppl": Kind("perplexity of the reference", "max", ""),
-    "ppl_ratio": Kind("perplexity / reference's", "max", ""),
-    "kl_mean": Kind("KL, mean", "max", "nats"),
-    "kl_predicted": Kind("KL, mean, as planned", "max", "nats"),
-    "kl_median": Kind("KL, median", "max", "nats"),
-    "kl_p90": Kind("KL, 90th percentile", "max", "nats"),
-    "kl_p99": Kind("KL, 99th percentile", "max", "nats"),
-    "kl_max": Kind("KL, maximum", "max", "nats"),
-    "top1": Kind("same most likely token", "min", "%"),
-    "greedy_agreement": Kind("same greedy answers", "min", "%"),
-    "tokenizer_mismatches": Kind("texts tokenized differently", "max", "count"),
-    "eog_missing": Kind("end tokens unknown to it", "max", "count"),
-    "prompt_tokens_per_s": Kind("prompt", "min", "tokens/s"),
-    "decode_tokens_per_s": Kind("decode", "min", "tokens/s"),
-    "time_to_first_token_s": Kind("time to first token", "max", "s"),
-    "load_s": Kind("load", "max", "s"),
-    "peak_memory_bytes": Kind("peak memory", "max", "bytes"),
-    "bytes": Kind("size", "max", "bytes"),
-}
-"""Every metric, in the order of the report. KL is KL(reference || artifact) per token."""
-
-
-def check_gates(gates: Mapping[str, float]) -> None:
-    """Refuses a gate on a metric that does not exist, or a limit that is not a number.
-
-    Raises:
-        ConfigError: names the gate, and the nearest metric.
-    """
-    for name, limit in gates.items():
-        if name not in METRICS:
-            raise ConfigError(f"unknown metric {name!r} in the gates", did_you_mean(name, list(METRICS)))
-        if math.isnan(limit):
-            raise ConfigError(f"the gate {name!r} has no number as its limit")
+SCHEMA_VERSION = 2
+_SAME_REFERENCE = 1e-3
+"""Relative difference of the reference's perplexity up to which two reports speak of one reference."""
 
 
 class _Part(Strict):
     model_config = ConfigDict(ser_json_inf_nan="strings")  # JSON has no such numbers
-
-
-class Metric(_Part):
-    """A figure, and the standard error of its mean where it is one."""
-
-    value: float
-    standard_error: float | None = None
-
-
-class Gate(_Part):
-    """A limit, and whether the figure keeps it; value is None where the metric was not measured, which fails."""
-
-    name: str
-    sense: Literal["max", "min"]
-    limit: float
-    value: float | None
-    passed: bool
 
 
 class File(_Part):
@@ -123,10 +55,14 @@ class Protocol(_Part):
     """How the figures were taken.
 
     Attributes:
-        chunks: number of chunks of the text.
-        chunk_tokens: tokens in each; the second half is scored.
+        chunks: number of windows of the text.
+        chunk_tokens: tokens in each.
+        stride: tokens from one window's start to the next one's.
+        context_tokens: tokens that at least stand before a scored one, in its window.
         scored_tokens: tokens scored in all.
         reference: what computed the reference, and its precision.
+        distributions: what was kept of the reference's distributions.
+        kl_drawing_error: standard error of the mean KL, in nats, that this causes; part of the metric's own.
         context: tokens of KV cache while speed and memory were measured.
         prompt_tokens: length of the prompt timed.
         decode_tokens: number of tokens timed after it.
@@ -134,8 +70,12 @@ class Protocol(_Part):
 
     chunks: int
     chunk_tokens: int
+    stride: int
+    context_tokens: int
     scored_tokens: int
     reference: str
+    distributions: str
+    kl_drawing_error: float
     context: int
     prompt_tokens: int
     decode_tokens: int
@@ -167,13 +107,72 @@ class Tokens(_Part):
 
 
 class Answer(_Part):
-    """A prompt and its greedy continuations; `equal` leading tokens are the same, of `tokens`."""
+    """A prompt and its greedy continuations.
+
+    Attributes:
+        equal: number of leading tokens that are the same.
+        tokens: of so many: the longer answer's.
+        ended: whether the reference ended its answer.
+        stops: whether the artifact, given the reference's whole answer, ends there too; None where that did not end.
+    """
 
     prompt: str
     reference: str
     artifact: str
     equal: int
     tokens: int
+    ended: bool
+    stops: bool | None
+
+
+class Band(_Part):
+    """Figures of a few neighbouring positions of one long sequence.
+
+    Attributes:
+        first: the first position scored, from 0.
+        last: the last one.
+        allocated: tokens of KV cache that the runtime was opened with: some choose their rotation by it.
+        kl: KL(reference || artifact), mean.
+        top1: share of the same most likely token.
+    """
+
+    first: int
+    last: int
+    allocated: int
+    kl: Metric
+    top1: float
+
+
+class Histogram(_Part):
+    """How many scored tokens had a KL between two edges, in nats; the first and last bins hold what is beyond, too."""
+
+    edges: list[float]
+    counts: list[int]
+
+
+class Choice(_Part):
+    """A token's text and its probability."""
+
+    token: str
+    probability: float
+
+
+class Context(_Part):
+    """A place where the artifact differs most.
+
+    Attributes:
+        kl: there, in nats.
+        before: the text up to there.
+        token: what the text goes on with.
+        reference: the likeliest tokens of the reference, the first first.
+        artifact: the artifact's.
+    """
+
+    kl: float
+    before: str
+    token: str
+    reference: list[Choice]
+    artifact: list[Choice]
 
 
 class Environment(_Part):
@@ -193,10 +192,13 @@ class Report(_Part):
     """What a validation found. `passed` holds exactly if every gate does.
 
     Attributes:
+        positions: long contexts, where the checkpoint has a boundary that runtimes fail at; see `positions`.
+        histogram: of the KL of every scored token.
+        worst: where it was largest.
         not_run: one line for everything about the target that these figures do not show, such as a GPU's kernels.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     passed: bool
     artifact: list[File]
     checkpoint: Checkpoint
@@ -207,6 +209,9 @@ class Report(_Part):
     gates: list[Gate]
     tokens: Tokens
     answers: list[Answer]
+    positions: list[Band] = []
+    histogram: Histogram
+    worst: list[Context]
     environment: Environment
     not_run: list[str] = []
 
@@ -217,20 +222,37 @@ class Report(_Part):
         return self
 
 
-def judge(metrics: Mapping[str, Metric], gates: Mapping[str, float]) -> list[Gate]:
-    """Holds figures against limits. A figure that is missing or not a number fails.
+def baseline(earlier: Report, text: TextInfo, protocol: Protocol, environment: Environment, ppl: float) -> Baseline:
+    """An earlier report as a baseline of figures taken now.
+
+    Args:
+        earlier: the report.
+        text: what is scored now.
+        protocol: how.
+        environment: where.
+        ppl: the reference's perplexity now.
 
     Raises:
-        ConfigError: a gate on an unknown metric.
+        UsageError: it is of another text, protocol or reference: its figures say nothing about these.
     """
-    check_gates(gates)
-    judged = []
-    for name, limit in gates.items():
-        value = metrics[name].value if name in metrics else None
-        sense = METRICS[name].sense
-        passed = value is not None and (value <= limit if sense == "max" else value >= limit)  # NaN: False
-        judged.append(Gate(name=name, sense=sense, limit=limit, value=value, passed=passed))
-    return judged
+    name = f"of {earlier.artifact[0].name}"
+    for what, theirs, ours in (
+        ("text", earlier.text.sha256[:12], text.sha256[:12]),
+        *((f, getattr(earlier.protocol, f), getattr(protocol, f)) for f in ("chunks", "chunk_tokens", "stride")),
+    ):
+        if theirs != ours:
+            raise UsageError(
+                f"the baseline {name} has {what} {theirs}, this validation {ours}",
+                "make the baseline again with the same text and protocol",
+            )
+    theirs = earlier.metrics["reference_ppl"].value
+    if not abs(theirs / ppl - 1) <= _SAME_REFERENCE:
+        raise UsageError(
+            f"the baseline {name} is of another reference: its perplexity is {theirs:.4f}, this one's {ppl:.4f}",
+            "make the baseline again with this checkpoint",
+        )
+    same = earlier.environment.software == environment.software and earlier.environment.cpu == environment.cpu
+    return Baseline(name, earlier.metrics, same)
 
 
 def to_json(report: Report) -> str:
@@ -265,6 +287,44 @@ def read_report(path: Path) -> Report:
 def render(report: Report) -> Group:
     """The report as a table, with what failed below it, for rich's console."""
     from rich.console import Group
+    from rich.text import Text
+
+    protocol, environment = report.protocol, report.environment
+    stride = "" if protocol.stride == protocol.chunk_tokens else f" every {protocol.stride}"
+    parts: list[Table | Text] = [
+        Text.assemble((report.artifact[0].name, "bold"), f"  against  {report.checkpoint.name}"),
+        Text(
+            f"{protocol.scored_tokens} tokens of {report.text.name}, in {protocol.chunks} chunks of "
+            f"{protocol.chunk_tokens}{stride}; {environment.cpu}, {environment.threads} threads",
+            "dim",
+        ),
+        *([Text(f"calibrated on {report.calibration.name}", "dim")] if report.calibration else []),
+        Text(""),
+        _metrics_table(report),
+        Text(""),
+    ]
+    if report.positions:
+        parts += [_positions_table(report), Text("")]
+    for mismatch in report.tokens.mismatches:
+        parts.append(Text(f"tokens differ for {mismatch.text!r}:", "red"))
+        parts.append(Text(f"  checkpoint {mismatch.reference}\n  artifact   {mismatch.artifact}"))
+    if missing := sorted(set(report.tokens.eos_ids) - set(report.tokens.eog_ids)):
+        parts.append(Text(f"the artifact does not stop at token ids {missing}", "red"))
+    parts += [
+        Text(f"the artifact goes on after the reference's answer to {answer.prompt!r}", "red")
+        for answer in report.answers
+        if answer.stops is False
+    ]
+    parts += [Text(f"not run: {line}", "yellow") for line in report.not_run]
+    if report.passed:
+        parts.append(Text(f"passed: {len(report.gates)} of {len(report.gates)} gates", "bold green"))
+    else:
+        failed = [g.name for g in report.gates if not g.passed]
+        parts.append(Text(f"failed: {', '.join(failed)} ({len(failed)} of {len(report.gates)} gates)", "bold red"))
+    return Group(*parts)
+
+
+def _metrics_table(report: Report) -> Table:
     from rich.table import Table
     from rich.text import Text
 
@@ -283,48 +343,32 @@ def render(report: Report) -> Group:
             kind.label,
             show_value(metric.value, kind.unit) if metric else "not measured",
             show_value(metric.standard_error, kind.unit) if metric and metric.standard_error is not None else "",
-            f"{'≤' if gate.sense == 'max' else '≥'} {show_value(gate.limit, kind.unit)}" if gate else "",
+            show_limit(gate) if gate else "",
             Text("") if gate is None else Text("pass", "green") if gate.passed else Text("FAIL", "bold red"),
         )
-    protocol, environment = report.protocol, report.environment
-    parts: list[Table | Text] = [
-        Text.assemble((report.artifact[0].name, "bold"), f"  against  {report.checkpoint.name}"),
-        Text(
-            f"{protocol.scored_tokens} tokens of {report.text.name}, in {protocol.chunks} chunks of "
-            f"{protocol.chunk_tokens}; {environment.cpu}, {environment.threads} threads",
-            "dim",
-        ),
-        *([Text(f"calibrated on {report.calibration.name}", "dim")] if report.calibration else []),
-        Text(""),
-        table,
-        Text(""),
-    ]
-    for mismatch in report.tokens.mismatches:
-        parts.append(Text(f"tokens differ for {mismatch.text!r}:", "red"))
-        parts.append(Text(f"  checkpoint {mismatch.reference}\n  artifact   {mismatch.artifact}"))
-    if missing := sorted(set(report.tokens.eos_ids) - set(report.tokens.eog_ids)):
-        parts.append(Text(f"the artifact does not stop at token ids {missing}", "red"))
-    parts += [Text(f"not run: {line}", "yellow") for line in report.not_run]
-    if report.passed:
-        parts.append(Text(f"passed: {len(report.gates)} of {len(report.gates)} gates", "bold green"))
-    else:
-        failed = [g.name for g in report.gates if not g.passed]
-        parts.append(Text(f"failed: {', '.join(failed)} ({len(failed)} of {len(report.gates)} gates)", "bold red"))
-    return Group(*parts)
+    return table
 
 
-def show_value(value: float, unit: str) -> str:
-    """A figure as a person reads it; `unit` as in Kind."""
-    if math.isnan(value):
-        return "not a number"
-    if unit == "%":
-        return f"{100 * value:.1f} %"
-    if unit == "bytes":
-        return size(value)
-    if unit == "count":
-        return f"{value:g}"
-    if unit == "tokens/s":
-        return f"{value:.1f} {unit}"
-    if unit == "nats":
-        return f"{value:.4f}" if value >= 1e-4 or value == 0 else f"{value:.1e}"
-    return f"{value:.3f} {unit}".rstrip()
+def _positions_table(report: Report) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("positions", "context", "KL, mean", "±", "same most likely token"):
+        table.add_column(name, justify="right")
+    for band in report.positions:
+        table.add_row(
+            f"{band.first} to {band.last}",
+            str(band.allocated),
+            show_value(band.kl.value, "nats"),
+            show_value(band.kl.standard_error, "nats") if band.kl.standard_error is not None else "",
+            show_value(band.top1, "%"),
+        )
+    return table
+
+
+def show_limit(gate: Gate) -> str:
+    """A gate's limit as a person reads it."""
+    if gate.limit is None:
+        return gate.rule
+    rule = f" ({gate.rule})" if gate.rule else ""
+    return f"{'≤' if gate.sense == 'max' else '≥'} {show_value(gate.limit, METRICS[gate.name].unit)}{rule}"

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from phi3edge import _toml
 from phi3edge._toml import Size, Strict
 from phi3edge.codecs import codec_names
+from phi3edge.gates import Gates, known_gates
 from phi3edge.registry import did_you_mean
 
 Format = Literal["gguf", "onnx"]
@@ -100,7 +101,7 @@ class Target(Strict):
         without: why a format is not offered, for those worth a word.
         context: default number of tokens that the KV cache must hold.
         notes: what an engineer should know before shipping there, whatever the format.
-        gates: metric to limit; see phi3edge.validate for the metrics.
+        gates: what an artifact for it is held to; see phi3edge.gates.
     """
 
     summary: str
@@ -111,7 +112,9 @@ class Target(Strict):
     bandwidth: Bandwidth
     files: Files | None = None
     notes: tuple[str, ...] = ()
-    gates: dict[str, float] = {}
+    gates: Gates = {}
+
+    _gates = field_validator("gates")(known_gates)
 
     @field_validator("formats")
     @classmethod

@@ -79,19 +79,28 @@ def read_text(path: Path) -> Text:
         ) from None
 
 
-def chunk(ids: list[int], chunks: int, chunk_tokens: int, name: str) -> np.ndarray:
-    """The first tokens of a text, cut into chunks: int64, shape (chunks, chunk_tokens).
+def cut(ids: list[int], chunks: int | None, tokens: int, stride: int, name: str) -> np.ndarray:
+    """Windows of a text from its beginning: int64, shape (chunks, tokens).
+
+    Args:
+        ids: the text.
+        chunks: number of windows; None for as many as there are.
+        tokens: in each.
+        stride: tokens from one's start to the next one's.
+        name: the text's, for the error.
 
     Raises:
         UsageError: the text is too short.
     """
-    needed = chunks * chunk_tokens
-    if len(ids) < needed:
+    most = max((len(ids) - tokens) // stride + 1, 0)
+    if (chunks or 1) > most:
+        needed = ((chunks or 1) - 1) * stride + tokens
         raise UsageError(
-            f"the text {name} has {len(ids)} tokens; {chunks} chunks of {chunk_tokens} need {needed}",
-            f"give a longer text, or --chunks {most}" if (most := len(ids) // chunk_tokens) else "give a longer text",
+            f"the text {name} has {len(ids)} tokens; {chunks or 1} chunks of {tokens} need {needed}",
+            f"give a longer text, or --chunks {most}" if most else "give a longer text",
         )
-    return np.array(ids[:needed], dtype=np.int64).reshape(chunks, chunk_tokens)
+    windows = np.lib.stride_tricks.sliding_window_view(np.array(ids, dtype=np.int64), tokens)[::stride]
+    return windows[: chunks or most].copy()
 
 
 def _text(name: str, text: str) -> Text:

@@ -1,10 +1,11 @@
 """Runs an artifact beside its checkpoint and says, in figures and gates, whether it is still the same model.
 
-Quality: a text is tokenized once, with the checkpoint's tokenizer, and cut into chunks; each is evaluated on its own,
-and its second half is scored, so that every scored token has at least half a chunk before it. Perplexity is exp of the
-mean negative log-probability of the text's tokens; KL is KL(reference || artifact) of the next-token distributions.
-Standard errors take the tokens as independent. The artifact is scored with the runtime's plain kernels, so that figures
-compare across machines; speed, memory and greedy answers are taken with the kernels that an app gets.
+Quality: a text is tokenized once, with the checkpoint's tokenizer, and cut into windows; each is evaluated on its own.
+Windows that do not overlap have their second half scored, so that every scored token has at least half a window before
+it (llama.cpp's protocol); with a stride of at most half a window, the last `stride` tokens of each are scored: every
+token of the text once. Perplexity is exp of the mean negative log-probability of the text's tokens; KL is
+KL(reference || artifact) of the next-token distributions. The artifact is scored with the runtime's plain kernels, so
+that figures compare across machines; speed, memory and greedy answers are taken with the kernels that an app gets.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,58 +23,85 @@ import numpy as np
 
 from phi3edge import registry
 from phi3edge.calibration import CalibrationText, refuse_overlap
+from phi3edge.distributions import DRAWN, TOP, Distributions, Keeper, log_softmax
 from phi3edge.errors import RunnerError, UsageError
 from phi3edge.files import sha256
+from phi3edge.gates import Gates, Limit, check_gates, judge, require_baseline
+from phi3edge.metrics import Metric
+from phi3edge.parity import QUESTIONS, check_tokens, compare_answer, prompt_ids
+from phi3edge.positions import allocations, bands
 from phi3edge.progress import Stages, silent
-from phi3edge.reference import Reference, eos_ids, load_tokenizer, reference_pass, vocabulary_size
-from phi3edge.report import (
-    Answer,
-    Checkpoint,
-    Environment,
-    File,
-    Metric,
-    Mismatch,
-    Protocol,
-    Report,
-    TextInfo,
-    Tokens,
-    check_gates,
-    judge,
-)
+from phi3edge.reference import Reference, Wanted, eos_ids, load_tokenizer, reference_pass, vocabulary_size
+from phi3edge.report import Answer, Band, Checkpoint, Environment, File, Protocol, Report, TextInfo, baseline
 from phi3edge.runners import Runner
-from phi3edge.text import Text, chunk, default_text
-from phi3edge.types import Source
+from phi3edge.scores import Scores, band, mean_of
+from phi3edge.text import Text, cut, default_text
+from phi3edge.types import ModelSpec, Source
 
-ALWAYS = {"tokenizer_mismatches": 0.0, "eog_missing": 0.0}
-"""Gates that hold for every target, unless it sets its own limit."""
+ALWAYS: Gates = {"tokenizer_mismatches": Limit(limit=0), "eog_missing": Limit(limit=0)}
+"""Gates that hold for every artifact, unless another one replaces them."""
 
+CHUNKS, CHUNK_TOKENS = 16, 512
 PROMPT_TOKENS, DECODE_TOKENS = 128, 32
-GREEDY_TOKENS = 24
-QUESTIONS = ("What is the capital of France?", "Write one sentence about the sea.", "List three uses of a paper clip.")
-
-STRINGS = (
-    "Hello, world!",
-    " leading space, trailing space ",
-    "two  spaces,   three, a\ttab\nand\n\nnewlines\r\n",
-    "",
-    " ",
-    "\n",
-    "0 1 12 123 1234567890 3.14159 -1e-9 0x1F",
-    "It's we'll I'd THEY'RE don't",
-    "def f(x: int) -> int:\n    return x**2  # squared\n",
-    '{"key": ["value", null, true], "n": 1.5}',
-    "Ünïcödé, façade, naïve, Straße, Ελληνικά, Привет, עברית, العربية",
-    "你好，世界。こんにちは 한국어 ไทย हिन्दी",  # noqa: RUF001
-    "emoji 🙂👩‍👩‍👧‍👦🏳️‍🌈 and e\u0301 combined, \u200bzero width, \u00a0no-break",
-    "https://example.org/a?b=c&d=%20#e  user@example.org  C:\\path\\file.txt",
-    "!!! ??? ... --- ___ ### ~~~ <<< >>> [[]] {{}} (()) `code` $x_i^2$",
-    "supercalifragilisticexpialidocious Donaudampfschifffahrtsgesellschaft",
-    "<s> </s> <unk> <|endoftext|> <|end|> <|user|>\nhi<|im_end|>\n",
-)
-
+GREEDY_TOKENS = 32
 
 _ELSEWHERE = ("runtime", "version", "threads", "context", "vocabulary_size", "eog_ids", "chat_template", "load_s")
 """What of a runner's info the report holds in another place, or need not hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """How a text is cut and scored.
+
+    Attributes:
+        chunks: number of windows; None for as many as the text has.
+        tokens: in each.
+        stride: tokens from one window's start to the next one's; None for a window's length.
+    """
+
+    chunks: int | None = CHUNKS
+    tokens: int = CHUNK_TOKENS
+    stride: int | None = None
+
+    def __post_init__(self) -> None:
+        stride = self.tokens if self.stride is None else self.stride
+        if (self.chunks is not None and self.chunks < 1) or self.tokens < 4 or stride < 1:
+            raise UsageError(
+                f"{self.chunks} chunks of {self.tokens} tokens every {stride} leave nothing to score",
+                "at least 1 chunk of 4 tokens, a stride of at least 1",
+            )
+        if self.tokens // 2 < stride != self.tokens:
+            raise UsageError(
+                f"a stride of {stride} is neither the window, {self.tokens} tokens, nor at most half of it",
+                f"at most {self.tokens // 2}: then every token of the text is scored once",
+            )
+
+    @property
+    def step(self) -> int:
+        """The stride in tokens."""
+        return self.tokens if self.stride is None else self.stride
+
+    @property
+    def first(self) -> int:
+        """The first position of a window whose prediction is scored; its last position's is not."""
+        return self.tokens // 2 if self.step == self.tokens else self.tokens - self.step - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """Another artifact's distributions on the same text, to hold this one's against."""
+
+    name: str
+    distributions: Distributions
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """KL(other || this one) per token in nats, mean; and the share of the same most likely token."""
+
+    other: str
+    kl: Metric
+    top1: Metric
 
 
 def runner_for(artifact: Path) -> ModuleType:
@@ -96,68 +125,75 @@ def validate(
     checkpoint: Path,
     *,
     text: Text | None = None,
-    chunks: int = 16,
-    chunk_tokens: int = 512,
-    gates: Mapping[str, float] | None = None,
-    context: int = 512,
+    windows: Windows = Windows(),
+    gates: Mapping[str, Limit] | None = None,
+    earlier: Report | None = None,
+    context: int = CHUNK_TOKENS,
     kv_type: str = "f16",
     threads: int | None = None,
     timeout: float = 600,
     name: str | None = None,
     source: Source | None = None,
+    spec: ModelSpec | None = None,
     not_run: Sequence[str] = (),
     keep: Path | None = None,
+    others: Sequence[Other] = (),
     predicted_kl: float | None = None,
     calibration: CalibrationText | None = None,
     stages: Stages = silent,
-) -> Report:
+) -> tuple[Report, list[Pair]]:
     """Scores an artifact against the checkpoint it was made from.
 
     Args:
         artifact: what to run: a .gguf file (of a split one, the first part), or an ONNX Runtime GenAI folder.
         checkpoint: the checkpoint's folder, in Hugging Face layout.
         text: what to score on; None for `default_text()`.
-        chunks: number of chunks of the text.
-        chunk_tokens: tokens in each.
-        gates: limits by metric (see report.METRICS), upper or lower as the metric's sense says.
-        context: tokens of KV cache while speed and memory are measured: what the target is planned for.
+        windows: how it is cut.
+        gates: what the figures are held to.
+        earlier: the baseline that gates may be relative to.
+        context: tokens of KV cache while speed and memory were measured, and the longest sequence of `positions`:
+            what the target is planned for.
         kv_type: type of the KV cache, all the time.
         threads: of the runtime; None for one per usable core.
         timeout: seconds that one answer of the runtime may take.
         name: the checkpoint's name for the report; None for its folder's.
         source: where the checkpoint came from, for the report.
+        spec: the checkpoint's, for the positions where long contexts break; None to score none.
         not_run: what the figures do not show, for the report.
-        keep: where to write the artifact's own log-probabilities of the scored rows, for `comparison.compare`:
-            a .npy file, float16 of shape (chunks, rows, vocabulary).
+        keep: folder to keep the artifact's own distributions in, for another validation's `others`.
+        others: distributions of other artifacts on the same text and windows.
         predicted_kl: what its plan predicted, to stand beside what is measured.
         calibration: the text that its weights were rounded with, which may not be scored on.
         stages: shows progress.
 
     Returns:
-        The report; a missed gate is in it, not an exception.
+        The report; a missed gate is in it, not an exception. And what the other artifacts are to this one.
 
     Raises:
         ConfigError: a gate on an unknown metric.
-        UsageError: too short a text, one that shares passages with the calibration's, no runtime for the artifact,
-            too little memory for the reference.
+        UsageError: too short a text, one that shares passages with the calibration's, a baseline of another protocol
+            or none where a gate needs one, no runtime for the artifact, too little memory for the reference.
         MissingExtraError: the runtime, torch or transformers is not installed.
         CheckpointError: transformers cannot load the checkpoint.
         RunnerError: the runtime refuses the artifact, crashes or hangs, or the artifact has another vocabulary.
     """
     limits = {**ALWAYS, **(gates or {})}
     check_gates(limits)
-    if chunks < 1 or chunk_tokens < 4:
-        raise UsageError(f"{chunks} chunks of {chunk_tokens} tokens leave nothing to score", "at least 1 of 4")
+    require_baseline(limits, earlier)
     text = text or default_text()
     runtime = runner_for(artifact)
 
     with stages("tokenize", None):
         tokenizer = load_tokenizer(checkpoint)
-        ids = chunk(tokenizer(text.text)["input_ids"], chunks, chunk_tokens, text.name)
+        all_ids = tokenizer(text.text)["input_ids"]
+        ids = cut(all_ids, windows.chunks, windows.tokens, windows.step, text.name)
         if calibration is not None:
             refuse_overlap(calibration, ids, text.name)
     size = vocabulary_size(checkpoint)
-    prompts = [_prompt(tokenizer, question) for question in QUESTIONS]
+    prompts = [prompt_ids(tokenizer, question) for question in QUESTIONS]
+    places = bands(spec, context) if spec else []
+    long = cut(all_ids, 1, context, context, text.name)[0] if places else np.empty(0, np.int64)
+    wanted = Wanted(ids, windows.first, prompts, GREEDY_TOKENS, long, [p for place in places for p in place])
     options = {"kv_type": kv_type, "threads": threads, "timeout": timeout}
 
     with stages("run", None), runtime.open(artifact, context=_room(context), **options) as runner:
@@ -169,32 +205,63 @@ def validate(
             )
         speed = runner.speed(PROMPT_TOKENS, DECODE_TOKENS)
         memory = runner.peak_memory()
-        tokens = _check_tokens(runner, tokenizer, eos_ids(checkpoint))
+        tokens = check_tokens(runner, tokenizer, eos_ids(checkpoint))
         answers = [runner.generate(prompt, GREEDY_TOKENS) for prompt in prompts]
 
-    reference = reference_pass(checkpoint, ids, prompts, GREEDY_TOKENS, stages)
-    with runtime.open(artifact, context=chunk_tokens, plain=True, **options) as runner:
-        scores = _score(runner, ids, reference, keep, stages)
-    metrics = scores.metrics()
+    reference = reference_pass(checkpoint, wanted, stages)
+    with runtime.open(artifact, context=_room(windows.tokens), plain=True, **options) as runner:
+        stops = [
+            not runner.generate([*prompt, *answer], 1) if ended else None
+            for prompt, answer, ended in zip(prompts, reference.greedy, reference.ended, strict=True)
+        ]
+        scores, pairs = _score(runner, ids, windows.first, reference, keep, others, stages)
+    positions: list[Band] = []
+    if reference.long is not None and spec is not None:
+        for allocated in allocations(spec, context):
+            with runtime.open(artifact, context=allocated, plain=True, **options) as runner:
+                positions += _long(runner, long[:allocated], places, allocated, reference.long, stages)
+
     compared = [
-        _compare(tokenizer, question, theirs, ours)
-        for question, theirs, ours in zip(QUESTIONS, reference.greedy, answers, strict=True)
+        compare_answer(tokenizer, question, theirs, ours, ended, stop)
+        for question, theirs, ours, ended, stop in zip(
+            QUESTIONS, reference.greedy, answers, reference.ended, stops, strict=True
+        )
     ]
     with stages("hash", None):
         files = [File(name=f.name, bytes=f.stat().st_size, sha256=sha256(f)) for f in runtime.files(artifact)]
-    metrics |= {
-        "greedy_agreement": Metric(value=_agreement(compared)),
+    metrics = {
+        **scores.metrics(),
+        **_of_answers(compared),
         "tokenizer_mismatches": Metric(value=len(tokens.mismatches)),
         "eog_missing": Metric(value=len(set(tokens.eos_ids) - set(tokens.eog_ids))),
-        **{name: Metric(value=value) for name, value in speed.items()},
+        **{key: Metric(value=value) for key, value in speed.items()},
         "bytes": Metric(value=sum(f.bytes for f in files)),
+        "reference_bytes": Metric(value=sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))),
     }
+    if positions:
+        metrics["kl_positions"] = max((b.kl for b in positions), key=lambda m: np.nan_to_num(m.value, nan=np.inf))
     if memory is not None:
         metrics["peak_memory_bytes"] = Metric(value=memory)
     if predicted_kl is not None:
         metrics["kl_predicted"] = Metric(value=predicted_kl)
-    judged = judge(metrics, limits)
-    return Report(
+    about = TextInfo(name=text.name, sha256=text.sha256)
+    protocol = Protocol(
+        chunks=len(ids),
+        chunk_tokens=windows.tokens,
+        stride=windows.step,
+        context_tokens=windows.first + 1,
+        scored_tokens=len(ids) * wanted.rows,
+        reference="transformers, float32",
+        distributions=f"{TOP} likeliest tokens, {DRAWN} drawn from the rest and its mass; KL by the estimator k3",
+        kl_drawing_error=scores.drawing_error(),
+        context=_room(context),
+        prompt_tokens=PROMPT_TOKENS,
+        decode_tokens=DECODE_TOKENS,
+    )
+    environment = _environment(info, reference)
+    ppl = metrics["reference_ppl"].value
+    judged = judge(metrics, limits, baseline(earlier, about, protocol, environment, ppl) if earlier else None)
+    report = Report(
         passed=all(gate.passed for gate in judged),
         artifact=files,
         checkpoint=Checkpoint(
@@ -202,177 +269,106 @@ def validate(
             repository=source.repository if source else None,
             revision=source.revision if source else None,
         ),
-        text=TextInfo(name=text.name, sha256=text.sha256),
+        text=about,
         calibration=TextInfo(name=calibration.name, sha256=calibration.sha256) if calibration else None,
-        protocol=Protocol(
-            chunks=chunks,
-            chunk_tokens=chunk_tokens,
-            scored_tokens=int(reference.top1.size),
-            reference="transformers, float32; distributions kept as float16 log-probabilities, normalized again",
-            context=_room(context),
-            prompt_tokens=PROMPT_TOKENS,
-            decode_tokens=DECODE_TOKENS,
-        ),
+        protocol=protocol,
         metrics=metrics,
         gates=judged,
         tokens=tokens,
         answers=compared,
-        environment=_environment(info, reference),
+        positions=positions,
+        histogram=scores.histogram(),
+        worst=scores.worst(ids, tokenizer.decode),
+        environment=environment,
         not_run=list(not_run),
     )
+    return report, pairs
 
 
 def _room(context: int) -> int:
-    return max(context, PROMPT_TOKENS + DECODE_TOKENS)
+    """Tokens of context for the prompts that are timed and answered, at least."""
+    return max(context, PROMPT_TOKENS + 2 * DECODE_TOKENS)
 
 
-@dataclass(slots=True)
-class _Scores:
-    """Per scored token, in order: negative log-probabilities of the text, KL, and whether the top tokens agree."""
-
-    nll: list[np.ndarray] = field(default_factory=list)
-    reference_nll: list[np.ndarray] = field(default_factory=list)
-    kl: list[np.ndarray] = field(default_factory=list)
-    agree: list[np.ndarray] = field(default_factory=list)
-
-    def metrics(self) -> dict[str, Metric]:
-        nll, reference_nll = np.concatenate(self.nll), np.concatenate(self.reference_nll)
-        kl, agree = np.concatenate(self.kl), np.concatenate(self.agree)
-        ppl, reference_ppl = np.exp(nll.mean()), np.exp(reference_nll.mean())
-        ratio = np.exp((nll - reference_nll).mean())
-        return {
-            # the error of exp(x) is exp(x) times x's; a ratio's is far smaller than its parts', which move together
-            "ppl": _metric(ppl, ppl * _error(nll)),
-            "reference_ppl": _metric(reference_ppl, reference_ppl * _error(reference_nll)),
-            "ppl_ratio": _metric(ratio, ratio * _error(nll - reference_nll)),
-            "kl_mean": _metric(kl.mean(), _error(kl)),
-            "kl_median": _metric(np.median(kl)),
-            "kl_p90": _metric(np.quantile(kl, 0.9)),
-            "kl_p99": _metric(np.quantile(kl, 0.99)),
-            "kl_max": _metric(kl.max()),
-            "top1": _metric(agree.mean(), _error(agree)),
-        }
-
-
-def mean_of(values: Sequence[np.ndarray]) -> Metric:
-    """The mean of figures per token, with its standard error."""
-    flat = np.concatenate(values).astype(np.float64)
-    return _metric(flat.mean(), _error(flat))
-
-
-def _metric(value: float, error: float | None = None) -> Metric:
-    return Metric(value=float(value), standard_error=None if error is None else float(error))
-
-
-def _error(values: np.ndarray) -> float:
-    """Standard error of the mean."""
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
-
-
-def _score(runner: Runner, ids: np.ndarray, reference: Reference, keep: Path | None, stages: Stages) -> _Scores:
-    """Compares the artifact's distributions with the reference's, a few rows at a time."""
-    scores = _Scores()
-    kept = np.lib.format.open_memmap(keep, "w+", np.float16, reference.log_probs.shape) if keep else None
-    half = ids.shape[1] // 2
-    with stages("score", len(ids)) as advance:
+def _score(
+    runner: Runner,
+    ids: np.ndarray,
+    first: int,
+    reference: Reference,
+    keep: Path | None,
+    others: Sequence[Other],
+    stages: Stages,
+) -> tuple[Scores, list[Pair]]:
+    """Compares the artifact's distributions with the reference's and other artifacts', a few rows at a time."""
+    scores = Scores()
+    kl: list[list[np.ndarray]] = [[] for _ in others]
+    same: list[list[np.ndarray]] = [[] for _ in others]
+    with stages("score", len(ids)) as advance, ExitStack() as stack:
+        shape = (len(ids), ids.shape[1] - first - 1)
+        keeper = stack.enter_context(Keeper(keep, shape, runner.info()["vocabulary_size"])) if keep else None
         for i, tokens in enumerate(ids):
             row = 0
-            for logits in runner.logits_blocks(tokens[:-1], half):
+            for logits in runner.logits_blocks(tokens[:-1], first):
                 rows = slice(row, row + len(logits))
-                following = tokens[half + 1 :][rows]
                 log_probs = log_softmax(logits)
-                if kept is not None:
-                    kept[i, rows] = log_probs
-                scores.nll.append(-log_probs[np.arange(len(following)), following].astype(np.float64))
-                scores.reference_nll.append(-reference.text_log_probs[i, rows].astype(np.float64))
-                scores.kl.append(kl_divergence(log_softmax(reference.log_probs[i, rows].astype(np.float32)), log_probs))
-                scores.agree.append((log_probs.argmax(-1) == reference.top1[i, rows]).astype(np.float64))
+                scores.add(
+                    i,
+                    first + row,
+                    tokens[first + 1 :][rows],
+                    reference.distributions[i, rows],
+                    reference.text_log_probs[i, rows],
+                    log_probs,
+                )
+                if keeper:
+                    keeper.add(log_probs)
+                for n, other in enumerate(others):
+                    theirs = other.distributions[i, rows]
+                    kl[n].append(theirs.kl(log_probs)[0])
+                    same[n].append(theirs.top1 == log_probs.argmax(-1))
                 row += len(logits)
             advance(1)
-    return scores
+    return scores, [Pair(o.name, mean_of(k), mean_of(s)) for o, k, s in zip(others, kl, same, strict=True)]
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities of float32 logits, shape (tokens, vocabulary)."""
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+def _long(
+    runner: Runner,
+    ids: np.ndarray,
+    places: Sequence[range],
+    allocated: int,
+    reference: Distributions,
+    stages: Stages,
+) -> list[Band]:
+    """Scores the bands of one long sequence that end within `ids`."""
+    inside = [place for place in places if place[-1] < len(ids)]
+    found: dict[range, list[np.ndarray]] = {place: [] for place in inside}
+    with stages(f"score, long ({allocated})", len(ids)) as advance:
+        position = inside[0][0]
+        advance(position)
+        for logits in runner.logits_blocks(ids[: inside[-1][-1] + 1], position):
+            for place in inside:
+                rows = range(max(place[0], position), min(place[-1] + 1, position + len(logits)))
+                if rows:
+                    found[place].append(log_softmax(logits[rows[0] - position : rows[-1] + 1 - position]))
+            position += len(logits)
+            advance(len(logits))
+    ends = np.cumsum([0, *(len(place) for place in places)])
+    return [
+        band(place, allocated, reference[0, ends[n] : ends[n + 1]], np.concatenate(found[place]))
+        for n, place in enumerate(places)
+        if place in found
+    ]
 
 
-def kl_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """KL(p || q) of log-probabilities in nats, float64, shape (tokens,); where p is 0 a token counts nothing."""
-    with np.errstate(invalid="ignore"):  # 0 * (-inf - ...)
-        return np.where(p == -np.inf, 0.0, np.exp(p) * (p - q)).sum(-1, dtype=np.float64)
-
-
-def _check_tokens(runner: Runner, tokenizer: Any, eos: tuple[int, ...]) -> Tokens:
-    """Compares token ids of fixed strings, of the checkpoint's own special tokens, and of a rendered chat."""
-    specials = sorted(str(token) for token in tokenizer.get_added_vocab())[:32]
-    strings = [*STRINGS, *(f"{token} a{token}\n{token}" for token in specials)]
-    pairs = [(s, _ids(tokenizer, s), runner.tokenize(s, special=True, bos=False)) for s in strings]
-    opening = STRINGS[0]  # with what each adds in front of a prompt
-    pairs.append((opening, tokenizer(opening)["input_ids"], runner.tokenize(opening, special=True, bos=True)))
-    if tokenizer.chat_template:
-        chat = [
-            {"role": "user", "content": QUESTIONS[0]},
-            {"role": "assistant", "content": "Paris."},
-            {"role": "user", "content": " And of  Peru? \n"},
-        ]
-        theirs = _render(tokenizer, chat)
-        ours = _render_artifact(runner, tokenizer, chat)
-        pairs.append((theirs, _ids(tokenizer, theirs), runner.tokenize(ours, special=True, bos=False)))
-    return Tokens(
-        checked=len(pairs),
-        mismatches=[Mismatch(text=s, reference=r, artifact=a) for s, r, a in pairs if r != a],
-        eos_ids=list(eos),
-        eog_ids=runner.info()["eog_ids"],
-        chat=bool(tokenizer.chat_template),
-    )
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _render(tokenizer: Any, chat: list[dict[str, str]], template: str | None = None) -> str:
-    """The chat as the checkpoint's template, or another, writes it."""
-    return tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
-
-
-def _render_artifact(runner: Runner, tokenizer: Any, chat: list[dict[str, str]]) -> str:
-    """The chat as the artifact's template writes it, by the runtime's own engine or Jinja here; "" if it fails."""
-    from jinja2 import TemplateError
-
-    template = runner.info()["chat_template"]
-    try:
-        if not template:
-            return ""
-        return runner.chat(chat) or _render(tokenizer, chat, template)
-    except (RunnerError, TemplateError):
-        return ""
-
-
-def _prompt(tokenizer: Any, question: str) -> list[int]:
-    if not tokenizer.chat_template:
-        return tokenizer(question)["input_ids"]
-    return _ids(tokenizer, _render(tokenizer, [{"role": "user", "content": question}]))
-
-
-def _compare(tokenizer: Any, prompt: str, reference: list[int], artifact: list[int]) -> Answer:
-    longest = max(len(reference), len(artifact))
-    equal = next((i for i, (a, b) in enumerate(zip(reference, artifact, strict=False)) if a != b), None)
-    return Answer(
-        prompt=prompt,
-        reference=tokenizer.decode(reference),
-        artifact=tokenizer.decode(artifact),
-        equal=min(len(reference), len(artifact)) if equal is None else equal,
-        tokens=longest,
-    )
-
-
-def _agreement(answers: list[Answer]) -> float:
-    """Share of equal leading tokens; empty answers to every prompt agree."""
+def _of_answers(answers: Sequence[Answer]) -> dict[str, Metric]:
+    """Figures of greedy answers; those that both leave empty agree."""
     tokens = sum(answer.tokens for answer in answers)
-    return sum(answer.equal for answer in answers) / tokens if tokens else 1.0
+    metrics = {
+        "greedy_agreement": Metric(value=sum(a.equal for a in answers) / tokens if tokens else 1.0),
+        "greedy_tokens": mean_of([np.array([a.equal for a in answers])]),
+    }
+    if stops := [a.stops for a in answers if a.stops is not None]:
+        metrics["stop_agreement"] = Metric(value=sum(stops) / len(stops))
+    return metrics
 
 
 def _environment(info: Mapping[str, Any], reference: Reference) -> Environment:

@@ -20,7 +20,7 @@ from phi3edge.quantize import quantize
 from phi3edge.recipes import load_recipe
 from phi3edge.reference import load_model, load_tokenizer
 from phi3edge.targets import load_target
-from phi3edge.text import chunk, default_text
+from phi3edge.text import cut, default_text
 from phi3edge.types import KVScales
 
 SHAPE = _models.GROUPED
@@ -81,7 +81,7 @@ def test_values_are_the_projections_largest(checkpoint: Path, scales: KVScales) 
 
 def text_ids(checkpoint: Path) -> np.ndarray:
     last = load_tokenizer(checkpoint)(default_text().text)["input_ids"][-CHUNKS * CHUNK_TOKENS :]
-    return chunk(last, CHUNKS, CHUNK_TOKENS, "")
+    return cut(last, CHUNKS, CHUNK_TOKENS, CHUNK_TOKENS, "")
 
 
 def test_shapes(scales: KVScales) -> None:

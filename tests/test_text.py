@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from phi3edge.errors import UsageError
-from phi3edge.text import chunk, default_text, read_text
+from phi3edge.text import cut, default_text, read_text
 
 
 def test_default_text_is_prose_of_this_python() -> None:
@@ -56,15 +56,15 @@ def test_a_file(tmp_path: Path) -> None:
 
 
 def test_chunks() -> None:
-    chunks = chunk(list(range(100)), 3, 32, "x")
+    chunks = cut(list(range(100)), 3, 32, 32, "x")
     assert chunks.dtype == np.int64
     assert chunks.tolist() == np.arange(96).reshape(3, 32).tolist()
 
 
 def test_too_short_a_text_says_how_much_is_there_and_needed() -> None:
     with pytest.raises(UsageError, match=r"has 1500 tokens; 4 chunks of 512 need 2048") as error:
-        chunk([1] * 1500, 4, 512, "x")
+        cut([1] * 1500, 4, 512, 512, "x")
     assert error.value.hint == "give a longer text, or --chunks 2"
     with pytest.raises(UsageError) as error:
-        chunk([1] * 500, 4, 512, "x")
+        cut([1] * 500, 4, 512, 512, "x")
     assert error.value.hint == "give a longer text"

@@ -1,13 +1,18 @@
 """Arguments and options that several commands share."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from phi3edge.budget import Budget
 from phi3edge.errors import UsageError
 from phi3edge.units import parse_size
+
+if TYPE_CHECKING:
+    from phi3edge.validate import Windows
 
 CheckpointArg = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="org/name[@revision] on the hub, a local folder, or 'demo'.")
@@ -32,7 +37,24 @@ TextOption = Annotated[
     Path | None, typer.Option("--text", help="UTF-8 text to evaluate on; default: the documentation inside Python.")
 ]
 ChunksOption = Annotated[
-    int, typer.Option("--chunks", min=1, help="Chunks of 512 tokens to evaluate on; more is slower and more exact.")
+    int,
+    typer.Option("--chunks", min=0, help="Windows of the text to evaluate on, 0 for all; more is slower, more exact."),
+]
+WindowOption = Annotated[int, typer.Option("--window", min=4, help="Tokens in each window.")]
+StrideOption = Annotated[
+    int | None,
+    typer.Option(
+        "--stride", min=1, help="Tokens from window to window: at most half a window scores every token; default: one."
+    ),
+]
+GatesOption = Annotated[
+    Path | None, typer.Option("--gates", help="A gates.toml of your own, over the gates of target and recipe.")
+]
+BaselineOption = Annotated[
+    Path | None, typer.Option("--baseline", help="An earlier report.json, for gates that are relative to it.")
+]
+PositionsOption = Annotated[
+    bool, typer.Option("--positions/--no-positions", help="Score the positions where long contexts break.")
 ]
 BudgetOption = Annotated[
     str | None,
@@ -60,6 +82,17 @@ def parse_budget(size: str | None, bits_per_weight: float | None) -> Budget | No
     if not 0 < bits_per_weight <= 32:
         raise UsageError(f"--bits-per-weight {bits_per_weight:g}: expected more than 0, at most 32")
     return Budget(bits_per_weight=bits_per_weight)
+
+
+def make_windows(chunks: int, window: int = 512, stride: int | None = None) -> Windows:
+    """How the text is cut; 0 chunks are all that it has.
+
+    Raises:
+        UsageError: nothing to score, or a stride that would leave tokens out unevenly.
+    """
+    from phi3edge.validate import Windows
+
+    return Windows(chunks or None, window, stride)
 
 
 MethodOption = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from phi3edge import build
+from phi3edge import build, proof
 from phi3edge.cli._options import (
     BitsOption,
     BudgetOption,
@@ -26,6 +26,7 @@ from phi3edge.cli._options import (
     TargetOption,
     TextOption,
     ThreadsOption,
+    make_windows,
     parse_budget,
 )
 from phi3edge.cli._output import note, print_json, progress, say
@@ -73,7 +74,7 @@ def export(
     """
     formats = build.formats_of(target, format_, recipe)
     if validation:
-        build.require_validation(target, formats, text)
+        proof.require_validation(target, formats, text)
     arguments: dict[str, Any] = {
         "recipe": recipe,
         "context": context,
@@ -99,24 +100,25 @@ def export(
             total = sum(p.stat().st_size for p in one.files)
             plan = one.prepared.plan
             say(f"{one.artifact}: {size(total)}, {plan.recipe}, {plan.bits_per_weight:.2f} bits per weight")
-    proof = None
+    found = None
     if validation:
         try:
             with progress(quiet=as_json) as stages:
-                proof, written = run_validation(folder, None, target, text, chunks, threads, stages)
+                protocol = proof.Protocol(text, make_windows(chunks), threads=threads)
+                found, written = run_validation(folder, None, None, protocol, stages)
         except Phi3EdgeError:
             note(f"written, but not validated; `phi3edge validate {folder}` does it later")
             raise
         if not as_json:
-            show(proof, written)
+            show(found, written)
     if as_json:
         described = [describe(one) for one in made]
         print_json(
-            {**described[0], "report": to_data(proof)}
+            {**described[0], "report": to_data(found)}
             if len(made) == 1
-            else {"folder": str(folder), "artifacts": described, "comparison": to_data(proof)}
+            else {"folder": str(folder), "artifacts": described, "comparison": to_data(found)}
         )
-    if proof is not None and not proof.passed:
+    if found is not None and not found.passed:
         raise typer.Exit(1)
 
 

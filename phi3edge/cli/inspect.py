@@ -11,11 +11,11 @@ import typer
 from rich.text import Text
 
 from phi3edge import manifest
-from phi3edge.build import artifacts_in
 from phi3edge.cli import _inspect_onnx
 from phi3edge.cli._options import JsonOption
 from phi3edge.cli._output import print_json, stdout, table
 from phi3edge.errors import UsageError
+from phi3edge.folders import artifacts_in
 from phi3edge.genai_folder import is_genai
 from phi3edge.gguf_file import GGUFTensor, ggml_types, read_header
 from phi3edge.types import JSON

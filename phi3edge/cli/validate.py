@@ -7,17 +7,31 @@ from typing import Annotated
 
 import typer
 
-from phi3edge import build, comparison, report
-from phi3edge.cli._options import ChunksOption, JsonOption, TextOption, ThreadsOption
+from phi3edge import comparison, folders, proof, report
+from phi3edge.cli._options import (
+    BaselineOption,
+    ChunksOption,
+    GatesOption,
+    JsonOption,
+    PositionsOption,
+    StrideOption,
+    TextOption,
+    ThreadsOption,
+    WindowOption,
+    make_windows,
+)
 from phi3edge.cli._output import print_json, progress, say, stdout
 from phi3edge.comparison import Comparison
+from phi3edge.files import write_text
 from phi3edge.progress import Stages
 from phi3edge.report import Report
 from phi3edge.types import JSON
 
 
 def validate(
-    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder that export wrote, or a .gguf file")],
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", help="A folder that export wrote, or any .gguf file or GenAI folder.")
+    ],
     checkpoint: Annotated[
         str | None, typer.Option("--checkpoint", "-c", help="The reference; default: what the manifest names.")
     ] = None,
@@ -26,19 +40,27 @@ def validate(
     ] = None,
     text: TextOption = None,
     chunks: ChunksOption = 16,
+    window: WindowOption = 512,
+    stride: StrideOption = None,
+    gates: GatesOption = None,
+    baseline: BaselineOption = None,
+    positions: PositionsOption = True,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run an artifact beside its reference: perplexity, KL divergence, tokens, speed, memory; then the target's gates.
+    """Run an artifact beside its reference: perplexity, KL divergence, tokens, speed, memory; then hold it to gates.
 
     Exit code 0: all gates passed; 1: one failed; 2: bad usage or input. The report is also written into the
     artifact's folder as report.json, unless --checkpoint or --target name others than its own.
 
     Examples: `phi3edge validate dist/demo-iphone`,
-    `phi3edge validate model.gguf --checkpoint demo --target iphone --text wiki.test.raw --chunks 40`
+    `phi3edge validate model.gguf --checkpoint demo --text wiki.test.raw --chunks 40`,
+    `phi3edge validate dist/demo-iphone --gates gates.toml --baseline last/report.json`
     """
+    limits, named = proof.user_gates(gates, artifact)
+    protocol = proof.Protocol(text, make_windows(chunks, window, stride), limits, baseline or named, positions, threads)
     with progress(quiet=as_json) as stages:
-        found, written = run_validation(artifact, checkpoint, target, text, chunks, threads, stages)
+        found, written = run_validation(artifact, checkpoint, target, protocol, stages)
     if as_json:
         print_json(to_data(found))
     else:
@@ -48,17 +70,17 @@ def validate(
 
 
 def run_validation(
-    artifact: Path,
-    checkpoint: str | None,
-    target: str | None,
-    text: Path | None,
-    chunks: int,
-    threads: int | None,
-    stages: Stages,
+    artifact: Path, checkpoint: str | None, target: str | None, protocol: proof.Protocol, stages: Stages
 ) -> tuple[Report | Comparison, Path | None]:
     """Validates one artifact, or all of a folder that was exported in several formats."""
-    run = build.validate_together if build.artifacts_in(artifact) else build.validate_artifact
-    return run(artifact, checkpoint, target, text=text, chunks=chunks, threads=threads, stages=stages)
+    if not (parts := folders.artifacts_in(artifact)):
+        found, _, written = proof.validate_artifact(artifact, checkpoint, target, protocol, stages=stages)
+        return found, written
+    together = proof.validate_together(proof.name_artifacts(parts), checkpoint, target, protocol, stages)
+    if checkpoint or target:
+        return together, None
+    write_text(artifact / folders.COMPARISON, comparison.to_json(together))
+    return together, artifact / folders.COMPARISON
 
 
 def show(found: Report | Comparison, written: Path | None) -> None:

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from phi3edge import manifest
-from phi3edge.build import artifacts_in
 from phi3edge.cli._options import JsonOption
 from phi3edge.cli._output import print_json, progress, stdout
 from phi3edge.errors import OutputError
+from phi3edge.folders import artifacts_in
 from phi3edge.units import size
 
 
