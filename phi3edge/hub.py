@@ -82,7 +82,7 @@ def pull(
         raise HubError(
             f"HF_HUB_OFFLINE is set, and {wanted} is not complete in {storage.parent}", "pull it while online"
         )
-    with _plain_errors(repository, revision), _quiet():
+    with plain_errors(repository, revision), quiet():
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)
         commit, files = str(info.sha), {file.rfilename: file for file in info.siblings or []}
         folder = _download(storage, repository, commit, files, progress, weights)
@@ -104,7 +104,7 @@ def dataset_file(repository: str, name: str, revision: str | None = None) -> tup
     Raises:
         HubError: see `pull`; or there is no such file.
     """
-    with _plain_errors(repository, revision, "data set"), _quiet():
+    with plain_errors(repository, revision, "data set"), quiet():
         try:
             found = hf_hub_download(repository, name, repo_type="dataset", revision=revision, library_name="phi3edge")
         except errors.LocalEntryNotFoundError as error:
@@ -263,7 +263,7 @@ def _remember(storage: Path, revision: str, commit: str) -> None:
 
 
 @contextmanager
-def _plain_errors(repository: str, revision: str | None, kind: str = "model") -> Iterator[None]:
+def plain_errors(repository: str, revision: str | None, kind: str = "model") -> Iterator[None]:
     """Whatever huggingface_hub raises, as one line and what to do."""
     endpoint = constants.ENDPOINT
     login = "log in with `hf auth login`, or set HF_TOKEN"
@@ -310,7 +310,7 @@ def _is_network(error: Exception) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep huggingface_hub's own bars and retry messages off the terminal: `progress` and errors say it."""
     verbosity, bars = logging.get_verbosity(), not are_progress_bars_disabled()
     logging.set_verbosity_error()

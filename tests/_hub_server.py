@@ -1,9 +1,13 @@
-"""A small server that speaks the model hub's protocol, as far as huggingface_hub asks for it when it downloads a model.
+"""A small server that speaks the model hub's protocol, as far as huggingface_hub asks for it to get or put a model.
 
 api/models/{repo}[/revision/{rev}] lists files; [datasets/]{repo}/resolve/{rev}/{file} serves them, with HEAD, ETag, the
 commit and ranges. Large files are answered with a redirect to another path, as the hub redirects to its storage.
+
+Uploads: api/repos/create, branch/{name}, validate-yaml, preupload/{rev} (which files are large), git-lfs's batch with
+PUT to the storage in one part or several, and commit/{rev} in lines of JSON.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -15,8 +19,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-LARGE = (".safetensors", ".bin", ".model")
+LARGE = (".safetensors", ".bin", ".model", ".gguf", ".onnx", ".data")
 """Names that the hub would keep in large-file storage."""
 
 
@@ -28,12 +34,20 @@ class Hub:
         repositories: folder of each by name; all have one commit, COMMIT, with the branch "main" and the tag "v1".
         gated: names that need the token.
         token: the one that is accepted.
-        break_after: cut the connection after so many bytes of a large file; once per entry, first come first served.
+        break_after: cut the connection after so many bytes of a large file (one that is uploaded: at once); once per
+            entry, first come first served.
         die_after: answer nothing any more after so many bytes of a large file.
         status: an HTTP error to answer everything with.
         damage: flip a byte of large files on their way.
         asked: (method, path, Range header or None) of each request.
         leaked: tokens that were sent to the storage, which is on another host and must not see them.
+        organization: where the token may write.
+        branches: of every repository.
+        private: names that were made private.
+        part_bytes: size of the parts in which large files are taken; None takes them whole.
+        stored: large files that were uploaded, by SHA-256.
+        commits: what each commit put where: repository, branch, files by path.
+        parts: of large files that are on their way, by SHA-256 and number.
     """
 
     repositories: dict[str, Path]
@@ -45,6 +59,13 @@ class Hub:
     damage: bool = False
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)
     leaked: list[str] = field(default_factory=list)
+    organization: str = "me"
+    branches: set[str] = field(default_factory=lambda: {"main"})
+    private: set[str] = field(default_factory=set)
+    part_bytes: int | None = None
+    stored: dict[str, bytes] = field(default_factory=dict)
+    commits: list[tuple[str, str, dict[str, bytes]]] = field(default_factory=list)
+    parts: dict[str, dict[int, bytes]] = field(default_factory=dict)
     url: str = ""
 
     def fetched(self) -> set[str]:
@@ -119,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(404 if sent else 401, "RepoNotFound", "Repository not found")
         elif repository in self.hub.gated and sent is None:
             self._error(401, "GatedRepo", f"Access to model {repository} is restricted")
-        elif revision not in ("main", "v1", COMMIT):
+        elif revision not in (*self.hub.branches, "v1", COMMIT):
             self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         else:
             return self.hub.repositories[repository]
@@ -166,6 +187,112 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.hub.die_after is not None:
             cut, self.hub.die_after = self.hub.die_after, -1
         self._send(206 if start else 200, body, headers if start else {"ETag": headers["ETag"]}, cut)
+
+    def do_PUT(self) -> None:
+        self._write()
+
+    def do_POST(self) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        """Whatever changes something; all but the storage of large files needs the token."""
+        path, body = self.path.split("?")[0], self.rfile.read(int(self.headers["Content-Length"]))
+        self.hub.asked.append((self.command, path, None))
+        if self.hub.status is not None:
+            self._error(self.hub.status, None, "the server is unwell")
+        elif self.hub.break_after and path.startswith("/storage/"):
+            self.hub.break_after.pop()
+            self.close_connection = True
+        elif match := re.fullmatch(r"/storage/([0-9a-f]{64})/(\d+)", path):
+            self.hub.leaked += self.headers.get_all("Authorization", [])
+            self.hub.parts.setdefault(match[1], {})[int(match[2])] = body
+            self._send(200, b"", {"ETag": f'"{_sha256(body)}"'})
+        elif match := re.fullmatch(r"/complete/([0-9a-f]{64})", path):
+            self._complete(match[1], json.loads(body))
+        elif (sent := self.headers.get("Authorization")) != f"Bearer {self.hub.token}":
+            self._error(401, None, "Invalid credentials in Authorization header" if sent else "Who are you?")
+        elif path == "/api/repos/create":
+            self._create(json.loads(body))
+        elif path == "/api/validate-yaml":
+            front = yaml.safe_load(json.loads(body)["content"].split("---")[1])
+            wrong = [] if isinstance(front, dict) and "pipeline_tag" in front else [{"message": "no metadata"}]
+            self._json({"errors": wrong, "warnings": []}, 400 if wrong else 200)
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            if self._writable(match[1], "main"):
+                self._json({"objects": [self._place(entry) for entry in json.loads(body)["objects"]]})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/branch/([^/]+)", path):
+            if self._writable(match[1], "main"):
+                self.hub.branches.add(match[2])
+                self._json({})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/([^/]+)", path):
+            if self._writable(match[1], match[3]):
+                self._preupload(json.loads(body)) if match[2] == "preupload" else self._commit(match[1], match[3], body)
+        else:
+            self._error(404, None, "no such page")
+
+    def _writable(self, repository: str, revision: str) -> bool:
+        if self._allowed(repository, revision) is None:
+            return False
+        if repository.split("/")[0] != self.hub.organization:
+            self._error(403, None, "You don't have the rights to write here")
+            return False
+        return True
+
+    def _create(self, wanted: dict[str, Any]) -> None:
+        repository = f"{wanted['organization']}/{wanted['name']}"
+        if wanted["organization"] != self.hub.organization:
+            self._error(403, None, "You don't have the rights to create a model under this namespace")
+        elif repository in self.hub.repositories:
+            self._error(409, None, "You already created this model repo")
+        else:
+            self.hub.repositories[repository] = Path("/nowhere")
+            if wanted.get("visibility") == "private" or wanted.get("private"):
+                self.hub.private.add(repository)
+            self._json({"url": f"{self.hub.url}/{repository}"})
+
+    def _preupload(self, wanted: dict[str, Any]) -> None:
+        modes = [
+            {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(LARGE) else "regular", "shouldIgnore": False}
+            for f in wanted["files"]
+        ]
+        self._json({"files": modes})
+
+    def _place(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """Where a large file goes; nowhere if it is there."""
+        oid, length = entry["oid"], entry["size"]
+        if oid in self.hub.stored:
+            return entry
+        storage = f"{self.hub.url.replace('127.0.0.1', 'localhost')}/storage/{oid}"
+        part = self.hub.part_bytes
+        if part is None:
+            upload, verify = {"href": f"{storage}/1"}, {"verify": {"href": f"{self.hub.url}/complete/{oid}"}}
+        else:
+            header = {f"{n + 1:05d}": f"{storage}/{n + 1}" for n in range(-(-length // part))}
+            upload = {"href": f"{self.hub.url}/complete/{oid}", "header": {"chunk_size": str(part)} | header}
+            verify = {}
+        return entry | {"actions": {"upload": upload} | verify}
+
+    def _complete(self, oid: str, said: dict[str, Any]) -> None:
+        data = b"".join(part for _, part in sorted(self.hub.parts.pop(oid).items()))
+        if said["oid"] != oid or _sha256(data) != oid:
+            self._error(400, None, "what arrived has another hash")
+            return
+        self.hub.stored[oid] = data
+        self._json({})
+
+    def _commit(self, repository: str, branch: str, body: bytes) -> None:
+        files = {}
+        for entry in map(json.loads, body.splitlines()):
+            value = entry["value"]
+            if entry["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                files[value["path"]] = self.hub.stored[value["oid"]]
+        self.hub.commits.append((repository, branch, files))
+        self._json({"success": True, "commitOid": COMMIT, "commitUrl": f"{self.hub.url}/{repository}/commit/{COMMIT}"})
+
+    def _json(self, content: dict[str, Any], status: int = 200) -> None:
+        self._send(status, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def _error(self, status: int, code: str | None, message: str) -> None:
         headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
