@@ -23,7 +23,7 @@ from phi3edge.build import export
 from phi3edge.rounding import Rounding
 from phi3edge.sources import resolve
 from phi3edge.text import read_text
-from phi3edge.validate import validate
+from phi3edge.validate import Windows, validate
 
 METRICS = ("ppl", "ppl_ratio", "kl_mean", "kl_p99", "top1")
 PEERS = {"q4_0": "Q4_0", "q4_k_m": "Q4_K_M", "iq4_xs": "IQ4_XS", "onnx": "k_quant_mixed"}
@@ -100,7 +100,7 @@ def main() -> None:
         for text in texts:
             kl = {}
             for side, artifact in (("phi3edge", ours), (PEERS[name], peer)):
-                found = validate(artifact, folder, text=text, chunks=args.chunks).metrics
+                found = validate(artifact, folder, text=text, windows=Windows(args.chunks))[0].metrics
                 row = {metric: round(found[metric].value, 5) for metric in METRICS} | {"bytes": size(artifact)}
                 print(json.dumps({"by": side, "name": name, "text": text.name, **row}), flush=True)
                 kl[side] = row["kl_mean"]

@@ -18,7 +18,7 @@ from pathlib import Path
 from phi3edge.build import export
 from phi3edge.sources import resolve
 from phi3edge.text import default_text, read_text
-from phi3edge.validate import validate
+from phi3edge.validate import Windows, validate
 
 METRICS = ("ppl", "ppl_ratio", "kl_mean", "kl_p99", "top1")
 
@@ -42,7 +42,7 @@ def main() -> None:
     subprocess.run(list(map(str, convert)), check=True, capture_output=True)
 
     def score(artifact: Path, side: str, recipe: str) -> dict[str, float]:
-        found = validate(artifact, folder, text=text, chunks=args.chunks).metrics
+        found = validate(artifact, folder, text=text, windows=Windows(args.chunks))[0].metrics
         row = {name: round(found[name].value, 5) for name in METRICS} | {"bytes": artifact.stat().st_size}
         print(json.dumps({"by": side, "recipe": recipe, **row}), flush=True)
         return row

@@ -79,8 +79,9 @@ class Distributions:
         if terms.shape[-1] == top:  # a vocabulary that is kept whole
             return exact, np.zeros_like(exact)
         drawn = terms[:, top:]
-        error = drawn.var(-1, ddof=1) / drawn.shape[-1]
-        return exact + rest * drawn.mean(-1), rest**2 * error
+        mean = drawn.mean(-1)
+        error = np.square(drawn - np.where(np.isfinite(mean), mean, 0)[:, None]).sum(-1) / (DRAWN - 1) / DRAWN
+        return exact + rest * mean, rest**2 * np.where(np.isfinite(mean), error, 0)
 
 
 def keep(log_probs: np.ndarray, random: np.random.Generator) -> Distributions:

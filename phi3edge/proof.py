@@ -64,6 +64,31 @@ def user_gates(path: Path | None, artifact: Path) -> tuple[Gates, Path | None]:
     return found.of(artifact.resolve().name), path.parent / own.baseline if own and own.baseline else None
 
 
+def prove(
+    artifact: Path,
+    checkpoint: str | None = None,
+    target: str | None = None,
+    protocol: Protocol = Protocol(),
+    stages: Stages = silent,
+) -> tuple[Report | Comparison, Path | None]:
+    """Validate an artifact, or all of a folder that was exported in several formats, and write what was found.
+
+    Returns:
+        The report or comparison, and the file that it was written to, if any; see `validate_artifact`.
+
+    Raises:
+        Phi3EdgeError: see `validate_artifact`.
+    """
+    if not (parts := folders.artifacts_in(artifact)):
+        report, _, written = validate_artifact(artifact, checkpoint, target, protocol, stages=stages)
+        return report, written
+    together = validate_together(name_artifacts(parts), checkpoint, target, protocol, stages)
+    if checkpoint or target:
+        return together, None
+    write_text(artifact / folders.COMPARISON, comparison.to_json(together))
+    return together, artifact / folders.COMPARISON
+
+
 def validate_artifact(
     artifact: Path,
     checkpoint: str | None = None,

@@ -11,7 +11,6 @@ from test_calibrate import contents, divergence, logits, plan_of, spec_of, text_
 from typer.testing import CliRunner
 
 from phi3edge import scaling
-from phi3edge.build import validate_artifact
 from phi3edge.calibrate import round_model
 from phi3edge.checkpoint import open_checkpoint
 from phi3edge.cli.app import app
@@ -19,8 +18,10 @@ from phi3edge.codecs import codec, codec_names, is_float
 from phi3edge.errors import UnsupportedError
 from phi3edge.forward import Decoder, load_block, load_outer
 from phi3edge.methods import awq
+from phi3edge.proof import Protocol, validate_artifact
 from phi3edge.scaling import channels, find_scales, fold
 from phi3edge.types import Statistics
+from phi3edge.validate import Windows
 
 COLUMNS, ROWS, TOKENS = 512, 24, 1024
 QUANTIZERS = [name for name in codec_names() if not is_float(name)]
@@ -228,7 +229,7 @@ def test_exported_norms_hold_the_scales_and_llama_cpp_computes_with_them(tmp_pat
             options += ["--calibration", str(text), "--sequences", "8"]
         done = CliRunner().invoke(app, [*options, "--no-validate", "--out", str(out)])
         assert done.exit_code == 0, done.output
-        kl[method] = validate_artifact(out, chunks=2)[0].metrics["kl_mean"].value
+        kl[method] = validate_artifact(out, protocol=Protocol(windows=Windows(2)))[0].metrics["kl_mean"].value
     assert kl["awq"] < kl["rtn"]
     assert kl["awq+gptq"] < kl["awq"]
     said = json.loads((tmp_path / "awq" / "phi3edge.json").read_text())["calibration"]

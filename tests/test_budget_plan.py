@@ -16,7 +16,7 @@ from phi3edge.recipes import load_recipe
 from phi3edge.rounding import Rounding
 from phi3edge.targets import load_target
 from phi3edge.types import QuantPlan
-from phi3edge.validate import validate
+from phi3edge.validate import Windows, validate
 
 WORDS = ["rivers", "stones", "letters", "engines", "gardens", "winters", "markets", "ladders"]
 
@@ -81,7 +81,7 @@ def test_manifest_and_report_say_what_was_predicted(model: str, text: str, tmp_p
     assert said["predicted_kl"] == pytest.approx(sum(row["predicted_kl"] or 0 for row in said["roles"]))
     assert {entry["name"]: entry["codec"] for entry in said["chosen"]}.items() <= mix(made.prepared.plan).items()
     assert any("Predicted KL" in line for line in made.notes)
-    report = validate(made.artifact, Path(model), chunks=2, predicted_kl=said["predicted_kl"], threads=1)
+    report, _ = validate(made.artifact, Path(model), windows=Windows(2), predicted_kl=said["predicted_kl"], threads=1)
     assert report.metrics["kl_predicted"].value == said["predicted_kl"]
     assert said["predicted_kl"] / 3 < report.metrics["kl_mean"].value < said["predicted_kl"] * 3
 

@@ -14,15 +14,17 @@ import pytest
 from _models import GROUPED, MHA, TIED, Shape, phi3_tensors, write_model, write_weights
 from _targets import write_target
 
-from phi3edge import build, manifest
+from phi3edge import build, folders, manifest
 from phi3edge.build import export
 from phi3edge.checkpoint import open_checkpoint
 from phi3edge.errors import CheckpointError, DoesNotFitError, OutputError, UnsupportedError, UsageError
 from phi3edge.families import parse_config
 from phi3edge.files import new_folder, sha256
+from phi3edge.gates import Limit
+from phi3edge.proof import Protocol, validate_artifact
 from phi3edge.quantize import quantize
 from phi3edge.recipes import load_recipe, shipped_recipes
-from phi3edge.validate import validate
+from phi3edge.validate import Windows, validate
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,8 @@ def test_every_recipe_writes_what_the_plan_says(model, tmp_path, recipe):
 def test_a_full_precision_artifact_is_the_same_model(tmp_path, shape):
     model = write_model(tmp_path / "tiny", shape, shards=2)
     made = export(str(model), "android", recipe="f32", out=tmp_path / "out")
-    report = validate(made.artifact, model, chunks=2, gates={"kl_mean": 1e-4}, kv_type="f32", threads=1)
+    gates = {"kl_mean": Limit(limit=1e-4)}
+    report, _ = validate(made.artifact, model, windows=Windows(2), gates=gates, kv_type="f32", threads=1)
     assert report.passed
     assert report.metrics["top1"].value > 0.98
 
@@ -127,7 +130,7 @@ def test_a_split_artifact_loads_and_is_the_same_model(model, tmp_path):
     made = export(str(model), "android", recipe="f16", out=tmp_path / "out", split_max_size=1_500_000)
     assert len(made.files) > 1
     assert all(p.stat().st_size <= 1_500_000 for p in made.files)
-    report = validate(made.artifact, model, chunks=2, gates={"kl_mean": 1e-3}, threads=1)
+    report, _ = validate(made.artifact, model, windows=Windows(2), gates={"kl_mean": Limit(limit=1e-3)}, threads=1)
     assert report.passed
 
 
@@ -183,7 +186,7 @@ def test_a_place_that_was_taken_meanwhile_is_not_replaced(model, tmp_path):
     out = tmp_path / "out"
 
     def meanwhile():
-        with new_folder(out, lambda: build.require_free(out, force=False)):
+        with new_folder(out, lambda: folders.require_free(out, force=False)):
             out.mkdir()
             (out / "theirs").write_bytes(b"x")
 
@@ -313,6 +316,6 @@ def test_the_kv_cache_can_be_chosen_and_is_written_down(model, tmp_path):
 
 def test_an_int8_kv_cache_is_calibrated_and_runs(model, tmp_path):
     made = export(str(model), "cpu", recipe="f32", format_="onnx", kv_cache="int8", out=tmp_path / "out")
-    report, _ = build.validate_artifact(made.folder, chunks=2, threads=1)
+    report, *_ = validate_artifact(made.folder, protocol=Protocol(windows=Windows(2), threads=1))
     assert report.environment.flags["kv_type"] == "int8"
     assert 1e-7 < report.metrics["kl_mean"].value < 1e-2

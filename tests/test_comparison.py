@@ -4,15 +4,16 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from _models import MHA, write_model
 from _targets import write_target
 
 from phi3edge import build
-from phi3edge.build import artifacts_in, export_formats, formats_of, require_free, validate_together
+from phi3edge.build import export_formats, formats_of
 from phi3edge.errors import OutputError, RunnerError, UnsupportedError, UsageError
-from phi3edge.validate import kl_divergence, log_softmax
+from phi3edge.folders import artifacts_in, require_free
+from phi3edge.proof import Protocol, name_artifacts, prove, validate_together
+from phi3edge.validate import Windows
 
 FORMATS = ["onnx", "gguf"]
 
@@ -33,7 +34,7 @@ def folder(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compared(folder):
-    return validate_together(folder, chunks=2, threads=1)
+    return prove(folder, protocol=Protocol(windows=Windows(2), threads=1))
 
 
 def test_full_precision_artifacts_are_the_reference_and_each_other(compared, folder):
@@ -43,7 +44,7 @@ def test_full_precision_artifacts_are_the_reference_and_each_other(compared, fol
     assert comparison.reports["onnx"].metrics["kl_mean"].value < 1e-5
     [pair] = comparison.pairs
     assert {pair.a, pair.b} == {"gguf", "onnx"}
-    assert 0 <= pair.kl_ab.value < 1e-4
+    assert 0 <= pair.kl.value < 1e-4
     assert pair.top1.value > 0.98
     assert comparison.passed == all(r.passed for r in comparison.reports.values())
 
@@ -51,7 +52,7 @@ def test_full_precision_artifacts_are_the_reference_and_each_other(compared, fol
 def test_the_file_holds_what_was_found(compared, folder):
     comparison, written = compared
     said = json.loads(written.read_text())
-    assert said["pairs"][0]["kl_ab"]["value"] == comparison.pairs[0].kl_ab.value
+    assert said["pairs"][0]["kl"]["value"] == comparison.pairs[0].kl.value
     assert {name: r["passed"] for name, r in said["reports"].items()} == {
         name: r.passed for name, r in comparison.reports.items()
     }
@@ -59,20 +60,23 @@ def test_the_file_holds_what_was_found(compared, folder):
         assert json.loads((folder / name / "report.json").read_text()) == said["reports"][name]
 
 
-def test_kl_between_artifacts_is_that_of_their_distributions(tmp_path):
-    random = np.random.default_rng(0)
-    kept = {}
-    for name in "ab":
-        kept[name] = tmp_path / f"{name}.npy"
-        np.save(kept[name], log_softmax(random.normal(size=(2, 5, 7)).astype(np.float32)).astype(np.float16))
-    from phi3edge.comparison import _pair
+def test_names_of_artifacts(folder, tmp_path):
+    assert name_artifacts([folder]) == {"onnx": folder / "onnx", "gguf": folder / "gguf"}
+    other = tmp_path / "gguf"
+    other.mkdir()
+    assert list(name_artifacts([folder / "gguf", other])) == ["gguf", f"{tmp_path.name}/gguf"]
+    with pytest.raises(UsageError, match="given twice"):
+        name_artifacts([folder / "gguf", folder])
 
-    pair = _pair("a", "b", kept["a"], kept["b"])
-    p, q = (np.load(kept[name]).astype(np.float64).reshape(10, 7) for name in "ab")
-    p, q = p - np.log(np.exp(p).sum(-1, keepdims=True)), q - np.log(np.exp(q).sum(-1, keepdims=True))
-    assert pair.kl_ab.value == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-4)
-    assert pair.kl_ba.value == pytest.approx(kl_divergence(q, p).mean(), rel=1e-4)
-    assert pair.top1.value == (p.argmax(-1) == q.argmax(-1)).mean()
+
+def test_artifacts_of_different_checkpoints_are_not_compared(folder, tmp_path):
+    other = export_formats(
+        str(write_model(tmp_path / "b", MHA, seed=5)), "cpu", ["gguf"], recipe="f32", out=tmp_path / "o"
+    )
+    with pytest.raises(UsageError, match="of another checkpoint than gguf"):
+        validate_together(
+            {"gguf": folder / "gguf", "b": other[0].folder}, protocol=Protocol(windows=Windows(1), threads=1)
+        )
 
 
 def test_the_folder_is_ours_to_replace_and_nobody_elses(folder, compared):

@@ -21,13 +21,14 @@ from phi3edge.cli.app import app
 from phi3edge.codecs import codec
 from phi3edge.errors import CheckpointError, UnsupportedError
 from phi3edge.families import parse_config
+from phi3edge.gates import Limit
 from phi3edge.methods import imported
 from phi3edge.plan import make_plan
 from phi3edge.prequantized import exact_codec
 from phi3edge.quantize import quantize
 from phi3edge.recipes import load_recipe
 from phi3edge.types import Quantized
-from phi3edge.validate import validate
+from phi3edge.validate import Windows, validate
 
 # quantization_config, the affine codec that is the same grid, the ggml type that holds it
 CASES = {
@@ -194,7 +195,8 @@ def test_an_onnx_folder_computes_the_dequantized_model(models, tmp_path, exact, 
 def test_a_float_recipe_writes_the_same_model(models, tmp_path):
     folder, _ = models["awq"]
     made = export(str(folder), "cpu", format_="gguf", recipe="f32", out=tmp_path / "out")
-    report = validate(made.artifact, folder, chunks=1, gates={"kl_mean": 1e-4}, kv_type="f32", threads=1)
+    gates = {"kl_mean": Limit(limit=1e-4)}
+    report, _ = validate(made.artifact, folder, windows=Windows(1), gates=gates, kv_type="f32", threads=1)
     assert report.passed
 
 

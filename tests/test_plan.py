@@ -10,9 +10,9 @@ from test_families import MINI_4K
 from phi3edge.codecs import codec, holds, row_bytes
 from phi3edge.errors import ConfigError, DoesNotFitError, UnsupportedError, UsageError
 from phi3edge.families import parse_config
+from phi3edge.metrics import METRICS
 from phi3edge.plan import choose_context, estimate_fit, make_plan, require_fit, require_kernels, summarize, warnings
 from phi3edge.recipes import Layers, load_recipe, shipped_recipes
-from phi3edge.report import METRICS
 from phi3edge.targets import load_target, shipped_targets
 from phi3edge.units import parse_size, size
 

@@ -9,11 +9,15 @@ import pytest
 from _models import GROUPED, write_model
 from typer.testing import CliRunner
 
-from phi3edge.build import CALIBRATION_NAME, export, prepare, validate_artifact
+from phi3edge import folders
+from phi3edge.build import export, prepare
 from phi3edge.cli.app import app
 from phi3edge.errors import MissingExtraError, OutputError, UnsupportedError, UsageError
+from phi3edge.proof import Protocol, validate_artifact
 from phi3edge.rounding import Rounding, default_sequences, require_rounding
+from phi3edge.validate import Windows
 
+TWO = Protocol(windows=Windows(2))
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "then", "sleeps", "by", "water")
 
 
@@ -44,12 +48,12 @@ def test_the_manifest_says_what_was_calibrated_on_and_how_each_linear_came_out(m
     assert (said["sequences"], said["tokens"]) == (8, 512)
     assert {row["role"] for row in said["linears"]} == {"attn_qkv", "attn_output", "ffn_gate_up", "ffn_down", "head"}
     assert len(said["linears"]) == 2 * 4 + 1
-    assert np.load(made / CALIBRATION_NAME).shape == (8, 512)
+    assert np.load(made / folders.CALIBRATION).shape == (8, 512)
 
 
 def test_gptq_is_nearer_to_the_reference_than_rtn(made: Path, model: Path, tmp_path: Path) -> None:
     plain = export(str(model), "cpu", format_="gguf", recipe="q4_0", out=tmp_path / "plain").folder
-    kl = [validate_artifact(folder, chunks=2)[0].metrics["kl_mean"].value for folder in (made, plain)]
+    kl = [validate_artifact(folder, protocol=TWO)[0].metrics["kl_mean"].value for folder in (made, plain)]
     assert kl[0] < kl[1]
 
 
@@ -58,7 +62,7 @@ def test_a_real_model_keeps_more_than_half_of_what_rounding_to_nearest_loses(tmp
     for method in ("rtn", "gptq"):
         rounding = Rounding(method, "python", sequences=8)
         made = export("demo", "cpu", format_="gguf", recipe="q4_0", out=tmp_path / method, rounding=rounding)
-        kl[method] = validate_artifact(made.folder, chunks=2)[0].metrics["kl_mean"].value
+        kl[method] = validate_artifact(made.folder, protocol=TWO)[0].metrics["kl_mean"].value
     assert kl["gptq"] < 0.5 * kl["rtn"]
 
 
@@ -71,7 +75,7 @@ def test_the_same_inputs_give_the_same_bytes(made: Path, model: Path, text: Path
 def test_an_onnx_folder_is_calibrated_alike_and_runs(model: Path, text: Path, tmp_path: Path) -> None:
     rounding = Rounding("gptq", str(text), sequences=8)
     out = export(str(model), "cpu", format_="onnx", recipe="int4", out=tmp_path / "out", rounding=rounding)
-    report, _ = validate_artifact(out.folder, chunks=2)
+    report, *_ = validate_artifact(out.folder, protocol=TWO)
     assert report.metrics["kl_mean"].value < 0.1
     assert report.calibration is not None
     assert report.calibration.name == text.name
@@ -79,19 +83,19 @@ def test_an_onnx_folder_is_calibrated_alike_and_runs(model: Path, text: Path, tm
 
 def test_an_artifact_is_not_scored_on_what_it_was_calibrated_on(made: Path, text: Path) -> None:
     with pytest.raises(UsageError, match="share a passage"):
-        validate_artifact(made, text=text, chunks=2)
+        validate_artifact(made, protocol=Protocol(text, Windows(2)))
 
 
 def test_another_calibration_file_than_the_manifests_is_noticed(made: Path) -> None:
-    path = made / CALIBRATION_NAME
+    path = made / folders.CALIBRATION
     kept = path.read_bytes()
     try:
         np.save(path, np.zeros((8, 512), np.int32))
         with pytest.raises(OutputError, match="is not what"):
-            validate_artifact(made, chunks=2)
+            validate_artifact(made, protocol=TWO)
         path.unlink()
         with pytest.raises(OutputError, match="cannot read"):
-            validate_artifact(made, chunks=2)
+            validate_artifact(made, protocol=TWO)
     finally:
         path.write_bytes(kept)
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from phi3edge import __version__
-from phi3edge.cli import calibrate, doctor, export, inspect, listings, plan, pull, validate, verify
+from phi3edge.cli import bench, calibrate, ci, doctor, export, inspect, listings, plan, pull, push, validate, verify
 from phi3edge.cli._errors import guard, leave_on_signals
 
 app = typer.Typer(
@@ -25,11 +25,14 @@ app = typer.Typer(
 
 app.command("export")(export.export)
 app.command("validate")(validate.validate)
+app.command("bench")(bench.bench)
+app.command("ci")(ci.ci)
 app.command("calibrate")(calibrate.calibrate)
 app.command("plan")(plan.plan)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("pull")(pull.pull)
+app.command("push")(push.push)
 app.command("targets")(listings.targets)
 app.command("recipes")(listings.recipes)
 app.command("doctor")(doctor.doctor)

@@ -30,7 +30,7 @@ from phi3edge.cli._options import (
     parse_budget,
 )
 from phi3edge.cli._output import note, print_json, progress, say
-from phi3edge.cli.validate import run_validation, show, to_data
+from phi3edge.cli.validate import show, to_data
 from phi3edge.errors import Phi3EdgeError
 from phi3edge.plan import to_json
 from phi3edge.rounding import Rounding
@@ -105,7 +105,7 @@ def export(
         try:
             with progress(quiet=as_json) as stages:
                 protocol = proof.Protocol(text, make_windows(chunks), threads=threads)
-                found, written = run_validation(folder, None, None, protocol, stages)
+                found, written = proof.prove(folder, None, None, protocol, stages)
         except Phi3EdgeError:
             note(f"written, but not validated; `phi3edge validate {folder}` does it later")
             raise

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from phi3edge import comparison, folders, proof, report
+from phi3edge import comparison, proof, report
 from phi3edge.cli._options import (
     BaselineOption,
     ChunksOption,
@@ -22,8 +22,6 @@ from phi3edge.cli._options import (
 )
 from phi3edge.cli._output import print_json, progress, say, stdout
 from phi3edge.comparison import Comparison
-from phi3edge.files import write_text
-from phi3edge.progress import Stages
 from phi3edge.report import Report
 from phi3edge.types import JSON
 
@@ -60,27 +58,13 @@ def validate(
     limits, named = proof.user_gates(gates, artifact)
     protocol = proof.Protocol(text, make_windows(chunks, window, stride), limits, baseline or named, positions, threads)
     with progress(quiet=as_json) as stages:
-        found, written = run_validation(artifact, checkpoint, target, protocol, stages)
+        found, written = proof.prove(artifact, checkpoint, target, protocol, stages)
     if as_json:
         print_json(to_data(found))
     else:
         show(found, written)
     if not found.passed:
         raise typer.Exit(1)
-
-
-def run_validation(
-    artifact: Path, checkpoint: str | None, target: str | None, protocol: proof.Protocol, stages: Stages
-) -> tuple[Report | Comparison, Path | None]:
-    """Validates one artifact, or all of a folder that was exported in several formats."""
-    if not (parts := folders.artifacts_in(artifact)):
-        found, _, written = proof.validate_artifact(artifact, checkpoint, target, protocol, stages=stages)
-        return found, written
-    together = proof.validate_together(proof.name_artifacts(parts), checkpoint, target, protocol, stages)
-    if checkpoint or target:
-        return together, None
-    write_text(artifact / folders.COMPARISON, comparison.to_json(together))
-    return together, artifact / folders.COMPARISON
 
 
 def show(found: Report | Comparison, written: Path | None) -> None:
