@@ -1,5 +1,6 @@
 # make demo    sets up, then exports the demo model for an iPhone and proves it
 # make test    sets up, then runs all tests
+# make parity  exports the demo in both formats and holds them to ci/parity.toml
 # make test-optimum  tests beside the older transformers that optimum-onnx wants, in an environment of their own
 # make lint    format, lint, types, import layering
 # make format  rewrites what the formatter would
@@ -11,10 +12,14 @@ READY := $(VENV)/.ready
 OPTIMUM_VENV := .venv-optimum
 OPTIMUM_READY := $(OPTIMUM_VENV)/.ready
 
-.PHONY: demo test test-optimum lint format clean
+.PHONY: demo parity test test-optimum lint format clean
 
 demo: $(READY)
 	$(BIN)/phi3edge export demo --target iphone --force
+
+parity: $(READY)
+	$(BIN)/phi3edge export demo --target cpu --format both --out dist/parity --no-validate --force
+	$(BIN)/phi3edge ci dist/parity --gates ci/parity.toml --chunks 8 --out dist/parity-results
 
 test: $(READY)
 	$(BIN)/python -m pytest
