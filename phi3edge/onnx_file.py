@@ -82,13 +82,27 @@ class ONNXTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class ONNXNode:
+    """A node.
+
+    Attributes:
+        operator: "domain.operator", or the operator alone in ONNX's own domain.
+        inputs: names of the values that it reads; "" for one left out.
+        outputs: names of the values that it computes.
+    """
+
+    operator: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ONNXModel:
     """A model without its weights.
 
     Attributes:
         opsets: version by domain; "" is ONNX's own.
-        operators: how many nodes, by "domain.operator", or the operator alone in ONNX's own domain; nodes of subgraphs
-            and of functions are counted.
+        nodes: those of subgraphs and of functions too.
         file_size: of the model's own file, in bytes.
     """
 
@@ -97,9 +111,14 @@ class ONNXModel:
     opsets: dict[str, int]
     inputs: tuple[ONNXValue, ...]
     outputs: tuple[ONNXValue, ...]
-    operators: dict[str, int]
+    nodes: tuple[ONNXNode, ...] = field(repr=False)
     tensors: tuple[ONNXTensor, ...] = field(repr=False)
     file_size: int
+
+    @property
+    def operators(self) -> dict[str, int]:
+        """How many nodes of each operator, the most frequent first."""
+        return dict(Counter(node.operator for node in self.nodes).most_common())
 
     @property
     def data_files(self) -> list[str]:
@@ -140,12 +159,12 @@ def check_data(model: ONNXModel, folder: Path) -> list[Path]:
 
 
 class _Reader:
-    """Reads one file; gathers tensors and operators on the way through graphs, nodes and attributes."""
+    """Reads one file; gathers tensors and nodes on the way through graphs, nodes and attributes."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self._data, self._path = data, path
         self._tensors: list[ONNXTensor] = []
-        self._operators: Counter[str] = Counter()
+        self._nodes: list[ONNXNode] = []
 
     def model(self) -> ONNXModel:
         whole = 0, len(self._data)
@@ -165,8 +184,8 @@ class _Reader:
         if graph is None or not opsets:
             self._fail("no ONNX model: it has no graph, or names no operator set")
         inputs, outputs = self._graph(graph, 0)
-        operators = dict(self._operators.most_common())
-        return ONNXModel(ir_version, producer, opsets, inputs, outputs, operators, tuple(self._tensors), whole[1])
+        nodes, tensors = tuple(self._nodes), tuple(self._tensors)
+        return ONNXModel(ir_version, producer, opsets, inputs, outputs, nodes, tensors, whole[1])
 
     def _graph(self, span: _Span, depth: int) -> tuple[tuple[ONNXValue, ...], tuple[ONNXValue, ...]]:
         if depth > DEEPEST:
@@ -192,14 +211,21 @@ class _Reader:
 
     def _node(self, span: _Span, depth: int) -> None:
         operator = domain = ""
+        inputs: list[str] = []
+        outputs: list[str] = []
         for number, value in self._fields(span):
-            if number == 4:
+            if number == 1:
+                inputs.append(self._text(value))
+            elif number == 2:
+                outputs.append(self._text(value))
+            elif number == 4:
                 operator = self._text(value)
             elif number == 5:
                 self._attribute(self._span(value), depth)
             elif number == 7:
                 domain = self._text(value)
-        self._operators[f"{domain}.{operator}" if domain not in ("", "ai.onnx") else operator] += 1
+        name = f"{domain}.{operator}" if domain not in ("", "ai.onnx") else operator
+        self._nodes.append(ONNXNode(name, tuple(inputs), tuple(outputs)))
 
     def _attribute(self, span: _Span, depth: int) -> None:
         for number, value in self._fields(span):

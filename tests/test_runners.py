@@ -189,7 +189,7 @@ def test_info(kind: Kind, runner: Runner, checkpoint: Path) -> None:
 
 def test_speed_and_memory(kind: Kind, runner: Runner, artifact: Path) -> None:
     speed = runner.speed(64, 8)
-    assert speed["prompt_tokens_per_s"] == pytest.approx(64 / speed["time_to_first_token_s"])
+    assert speed["prompt_tokens_per_s"] > 64 / speed["time_to_first_token_s"] > 0  # which has the choice of a token
     assert speed["decode_tokens_per_s"] > 0
     assert speed["load_s"] > 0
     assert sum(file.stat().st_size for file in kind.module.files(artifact)) < runner.peak_memory() < 2**30

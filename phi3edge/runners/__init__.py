@@ -1,8 +1,9 @@
 """Runtimes that execute an artifact: one file each, found by its name, each run in a process of its own.
 
-A runner's file has `accepts(artifact)`, `files(artifact)`, `probe()`, `open(artifact, ...)`, which returns a `Runner`,
-and the class `Session`, which `_child.py` makes in the child process and whose methods answer the calls made here. So
-the death of a native library ends a child, and is an error of one line here.
+A runner's file has `accepts(artifact)`, `files(artifact)`, `traffic(artifact, kv_type)`, `probe()`,
+`open(artifact, ...)`, which returns a `Runner`, and the class `Session`, which `_child.py` makes in the child process
+and whose methods answer the calls made here. So the death of a native library ends a child, and is an error of one line
+here.
 """
 
 from __future__ import annotations
@@ -15,22 +16,58 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 import numpy as np
 
-from phi3edge.errors import RunnerError
+from phi3edge import registry
+from phi3edge.errors import RunnerError, UsageError
 from phi3edge.runners._child import receive, send
+from phi3edge.runners._timing import Sample
 
 # threads that wait for each other sleep: where they spin, a busy machine slows a runtime twenty times
-_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+_SLEEPING = {"OMP_WAIT_POLICY": "passive"}
 
 _CHILD = "from phi3edge.runners._child import main; main()"
 _SOURCE_FOLDER = re.compile(r"\S*/(?=[\w.-]+\.(?:c|cc|cpp|cu|h):\d+)")  # where the library was built
 _COMPLAINT = re.compile(r"error|invalid|assert|abort|fail|what\(\)|exception|fatal", re.IGNORECASE)
+
+
+def runner_for(artifact: Path) -> ModuleType:
+    """The runner whose runtime executes such an artifact.
+
+    Raises:
+        UsageError: none does.
+    """
+    for name in registry.names("runners"):
+        module = registry.load("runners", name)
+        if module.accepts(artifact):
+            return module
+    raise UsageError(
+        f"no runtime here runs {artifact.name}",
+        f"runtimes: {', '.join(registry.names('runners'))}; a .gguf file, say, or a folder with genai_config.json",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What decoding one token reads from memory, as the artifact stores it.
+
+    Attributes:
+        weights: bytes of all tensors, without the rows of those of which a token reads one row only.
+        kv_per_token: bytes of the KV cache for each token in the context.
+    """
+
+    weights: int
+    kv_per_token: float
+
+    def bytes(self, length: float) -> float:
+        """For one token with `length` tokens in the context."""
+        return self.weights + self.kv_per_token * length
 
 
 class Runner:
@@ -45,9 +82,19 @@ class Runner:
         artifact: the file or folder to run.
         options: arguments of the runner's Session, as JSON values.
         timeout: seconds that one answer, or one block of an answer, may take.
+        spinning: threads of OpenMP wait as the library has it (they spin, unless OMP_WAIT_POLICY says otherwise), not
+            asleep: faster on an idle machine.
     """
 
-    def __init__(self, name: str, runtime: str, artifact: Path, options: dict[str, Any], timeout: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        runtime: str,
+        artifact: Path,
+        options: dict[str, Any],
+        timeout: float,
+        spinning: bool = False,
+    ) -> None:
         self._runtime, self._artifact, self._timeout = runtime, artifact.name, timeout
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         root = str(Path(__file__).resolve().parents[2])
@@ -57,7 +104,7 @@ class Runner:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env={**_ENVIRONMENT, **os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+            env={**({} if spinning else _SLEEPING), **os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
         )
         try:
             self._info: dict[str, Any] = self._receive("opening it", 0)[0]["result"]
@@ -86,30 +133,38 @@ class Runner:
         """What runs it: runtime, version, threads, vocabulary_size, eog_ids, chat_template, load_s, flags ..."""
         return self._info
 
-    def logits(self, ids: np.ndarray, start: int = 0) -> np.ndarray:
+    def logits(self, ids: np.ndarray, start: int = 0, *, reuse: bool = False) -> np.ndarray:
         """Logits of a sequence, evaluated from an empty context.
 
         Args:
             ids: token ids, shape (n,), n at most the context it was opened with.
             start: the first position wanted.
+            reuse: keep what the context holds of the sequence's beginning from the call before, where the runtime can:
+                faster, and apart from an empty context's figures by the rounding of other batches.
 
         Returns:
             float32, shape (n - start, vocabulary): row i predicts the token after position start + i.
         """
-        return np.concatenate(list(self.logits_blocks(ids, start)))
+        return np.concatenate(list(self.logits_blocks(ids, start, reuse=reuse)))
 
-    def logits_blocks(self, ids: np.ndarray, start: int = 0) -> Iterator[np.ndarray]:
+    def logits_blocks(self, ids: np.ndarray, start: int = 0, *, reuse: bool = False) -> Iterator[np.ndarray]:
         """The rows of `logits`, in order, a few at a time."""
-        sent = self._send("logits", {"start": start}, np.asarray(ids, dtype=np.int32))
+        sent = self._send("logits", {"start": start, "reuse": reuse}, np.asarray(ids, dtype=np.int32))
         while True:
             _, rows = self._receive("computing logits", sent)
             if rows is None:
                 return
             yield rows
 
-    def generate(self, ids: list[int], max_tokens: int) -> list[int]:
-        """The most likely continuation, token by token, up to an end-of-generation token (not included)."""
-        return self._call("generate", "generating", ids=ids, max_tokens=max_tokens)
+    def generate(self, ids: list[int], max_tokens: int, *, reuse: bool = False) -> list[int]:
+        """The most likely continuation, token by token, up to an end-of-generation token (not included).
+
+        Args:
+            ids: the prompt.
+            max_tokens: at most so many.
+            reuse: see `logits`.
+        """
+        return self._call("generate", "generating", ids=ids, max_tokens=max_tokens, reuse=reuse)
 
     def tokenize(self, text: str, *, special: bool, bos: bool) -> list[int]:
         """Token ids of a text.
@@ -129,9 +184,37 @@ class Runner:
         """
         return self._call("chat", "rendering a chat", messages=messages)
 
+    def samples(
+        self, prompt: int, decode: int, *, depth: int = 0, repeats: int = 1, warm_up: bool = True
+    ) -> Iterator[Sample]:
+        """Times a prompt and the tokens decoded after it, as often as wanted; to be read to its end.
+
+        The context must have room for depth + prompt + decode + 2 tokens.
+
+        Args:
+            prompt: number of tokens, 0 for none.
+            decode: number of tokens, 0 for none.
+            depth: tokens in the context before the clock starts.
+            repeats: number of samples.
+            warm_up: run the prompt and one token first, untimed.
+        """
+        work = {"prompt": prompt, "decode": decode, "depth": depth, "repeats": repeats, "warm_up": warm_up}
+        sent = self._send("samples", work)
+        while True:
+            _, sample = self._receive("measuring", sent)
+            if sample is None:
+                return
+            yield Sample(*sample.tolist())
+
     def speed(self, prompt_tokens: int, decode_tokens: int) -> dict[str, float]:
         """prompt_tokens_per_s, decode_tokens_per_s, time_to_first_token_s (of that prompt) and load_s, when warm."""
-        return self._call("speed", "measuring", prompt_tokens=prompt_tokens, decode_tokens=decode_tokens)
+        (sample,) = self.samples(prompt_tokens, decode_tokens)
+        return {
+            "prompt_tokens_per_s": 1e9 * prompt_tokens / sample.prompt_ns,
+            "decode_tokens_per_s": 1e9 * decode_tokens / sample.decode_ns,
+            "time_to_first_token_s": sample.first_token_ns / 1e9,
+            "load_s": self._info["load_s"],
+        }
 
     def peak_memory(self) -> int | None:
         """Highest resident memory of the child so far, in bytes; None where unknown.
@@ -195,6 +278,11 @@ class Runner:
         lines = [line.strip() for line in self._log.read().decode("utf-8", "replace").splitlines() if line.strip()]
         line = next((line for line in lines if _COMPLAINT.search(line)), lines[-1] if lines else "")
         return _SOURCE_FOLDER.sub("", line)[:300]
+
+
+def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _signal_name(number: int) -> str:

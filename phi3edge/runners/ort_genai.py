@@ -23,8 +23,10 @@ from phi3edge import manifest
 from phi3edge.errors import MissingExtraError, RunnerError, UsageError
 from phi3edge.genai_folder import GenAIFolder, is_genai, read_folder
 from phi3edge.machine import free_memory, usable_cores
-from phi3edge.runners import Runner
+from phi3edge.onnx_file import ONNXModel, ONNXTensor
+from phi3edge.runners import Runner, Traffic, shared_length
 from phi3edge.runners._memory import peak_memory
+from phi3edge.runners._timing import samples
 from phi3edge.units import size
 
 RUNTIME = "ONNX Runtime GenAI"
@@ -35,6 +37,15 @@ PACKAGE = "onnxruntime-genai"
 
 _BATCH = 512  # tokens per run of the graph: bounds its logits, which come for every token
 _ROWS = 64  # rows of logits per message
+_ROW_INPUTS = {
+    "Gather": {0},
+    "com.microsoft.GatherBlockQuantized": {0, 2, 3},
+    "com.microsoft.GroupQueryAttention": {7, 8},
+    "com.microsoft.RotaryEmbedding": {2, 3},
+}
+"""Inputs of which a node reads one row for one token: embeddings, cosines and sines. Source: onnx/docs/Operators.md,
+onnxruntime/docs/ContribOperators.md."""
+
 _BY_LENGTH = {"If", "Greater", "GreaterOrEqual"}  # operators by which a LongRoPE graph chooses factors for a length
 _NOISE = re.compile(  # where in the library's source it failed, and on what condition
     r"Load model from .*?\.onnx failed: ?|/\S+\.(?:cc|h):\d+ .*?\) (?:\[with [^\]]*\] )?(?:[^.]* was false\. )?"
@@ -74,6 +85,9 @@ def open(
     kv_type: str | None = None,
     plain: bool = False,
     vocab_only: bool = False,
+    batch: int | None = _BATCH,
+    micro_batch: int | None = None,
+    spinning: bool = False,
     timeout: float = 600,
 ) -> Runner:
     """Opens a folder in a child process.
@@ -86,15 +100,20 @@ def open(
         plain: threads that wait for work sleep. The runtime lets them spin, which decodes faster on an idle machine and
             several times slower beside another busy process. Figures are the same: the graph fixes what is computed.
         vocab_only: read the vocabulary only; then nothing but `info` and `tokenize` works.
+        batch: most tokens of a prompt per run of the graph; None for the whole prompt, as the runtime has it.
+        micro_batch: must be None: the runtime has none.
+        spinning: has no effect: see `plain`.
         timeout: seconds that one answer may take.
 
     Raises:
         MissingExtraError: onnxruntime-genai is not installed.
-        UsageError: more context than the model has positions for.
+        UsageError: more context than the model has positions for, or a micro-batch.
         CheckpointError, UnsupportedError, OutputError: a folder that is not whole, or not safe; see `read_folder`.
         RunnerError: a runtime that is too old or does not start, or too little memory for the context.
     """
     require_runtime()
+    if micro_batch is not None:
+        raise UsageError(f"{RUNTIME} has no micro-batches", "leave --micro-batch out; --batch is tokens per run")
     found = read_folder(artifact)
     if context > (most := found.config["model"]["context_length"]):
         raise UsageError(f"{artifact} has {most} positions, a context of {context} was wanted", "give it less context")
@@ -107,8 +126,41 @@ def open(
         "threads": threads or usable_cores(),
         "plain": plain,
         "vocab_only": vocab_only,
+        "batch": batch,
     }
-    return Runner("ort_genai", RUNTIME, artifact, options, timeout)
+    return Runner("ort_genai", RUNTIME, artifact, options, timeout, spinning)
+
+
+def traffic(artifact: Path, kv_type: str | None = None) -> Traffic:
+    """What decoding one token reads: every tensor, but of one that only such nodes read as take a row, one row.
+
+    Args:
+        artifact: the folder, or the ONNX model in it.
+        kv_type: has no effect: the graph fixes the KV cache's type.
+
+    Raises:
+        CheckpointError, UnsupportedError, OutputError: see `read_folder`.
+    """
+    found = read_folder(artifact)
+    rows = _read_by_row(found.model)
+
+    def read(tensor: ONNXTensor) -> float:
+        return tensor.nbytes / tensor.shape[0] if tensor.name in rows and tensor.shape else tensor.nbytes
+
+    return Traffic(round(sum(map(read, found.model.tensors))), found.kv_bytes(1))
+
+
+def _read_by_row(model: ONNXModel) -> set[str]:
+    """Names of the values that nodes read by row only."""
+    stored = {output: node.inputs[0] for node in model.nodes if node.operator == "Cast" for output in node.outputs}
+    by_row: set[str] = set()
+    whole: set[str] = set()
+    for node in model.nodes:
+        if node.operator == "Cast":  # folded when the model is loaded
+            continue
+        for i, name in enumerate(node.inputs):
+            (by_row if i in _ROW_INPUTS.get(node.operator, ()) else whole).add(stored.get(name, name))
+    return by_row - whole
 
 
 def require_runtime() -> None:
@@ -178,7 +230,9 @@ def _numbers(version: str) -> list[int]:
 class Session:
     """A loaded model and its KV cache; lives in the child process. The methods are those of `Runner`."""
 
-    def __init__(self, folder: str, context: int, threads: int, plain: bool, vocab_only: bool) -> None:
+    def __init__(
+        self, folder: str, context: int, threads: int, plain: bool, vocab_only: bool, batch: int | None = _BATCH
+    ) -> None:
         import onnxruntime_genai as lib
 
         self._lib = lib
@@ -186,8 +240,11 @@ class Session:
         self._size, self._eog = self._found.vocabulary_size, self._found.eog_ids
         self._context, self._threads = context, threads
         self._spinning = self._found.session_options.get(SPINNING, "0" if plain else "1")
-        by_length = not _BY_LENGTH.isdisjoint(self._found.model.operators)
-        self._batch = context if by_length else _BATCH  # in pieces, the first would be rotated by other factors
+        self._by_length = not _BY_LENGTH.isdisjoint(self._found.model.operators)
+        self._batch = (
+            batch if batch and not self._by_length else context
+        )  # in pieces, the first would be rotated by other factors
+        self._held: list[int] = []  # tokens of prompts in the context
         started = time.perf_counter()
         with _explained(f"cannot open {Path(folder).name}"):
             self._config = lib.Config(folder)
@@ -196,6 +253,8 @@ class Session:
             self._model = None if vocab_only else lib.Model(self._config)
         self._generator: Any = None
         self._endless = False
+        self._random = np.random.default_rng(0)
+        self._kept = 0  # tokens in the context that `start` put there
         self._tokenizer: Any = None
         if self._model:
             self._clear()
@@ -218,6 +277,8 @@ class Session:
             "context": self._context,
             "kv_type": self._found.kv_type,
             "batch": self._batch,
+            "model_type": self._found.config["model"]["type"],
+            "model_bytes": sum(tensor.nbytes for tensor in self._found.model.tensors),
             "provider": f"cpu (made for {', '.join(providers)})" if providers else "cpu",
             "spinning": "off" if self._spinning == "0" else "on",
             "vocabulary_size": self._size,
@@ -226,22 +287,21 @@ class Session:
             "load_s": self._load_s,
         }
 
-    def logits(self, ids: np.ndarray, start: int) -> Iterator[np.ndarray]:
+    def logits(self, ids: np.ndarray, start: int, reuse: bool = False) -> Iterator[np.ndarray]:
         """Rows of logits from position `start` on, in blocks."""
-        self._clear()
-        for first in range(0, len(ids), self._batch):
+        for first in range(self._begin(ids.tolist(), start if reuse else 0), len(ids), self._batch):
             piece = ids[first : first + self._batch]
             self._append(piece)
             rows = self._generator.get_output(self._found.logits.name)[0, max(start - first, 0) :]
             for row in range(0, len(rows), _ROWS):
                 yield rows[row : row + _ROWS].astype(np.float32)
 
-    def generate(self, ids: list[int], max_tokens: int) -> list[int]:
+    def generate(self, ids: list[int], max_tokens: int, reuse: bool = False) -> list[int]:
         """Greedy continuation."""
-        self._clear()
+        begin = self._begin(ids, len(ids) - 1 if reuse else 0)
         out: list[int] = []
         while len(out) < max_tokens:
-            token = self._next() if out else self._prompt(ids)
+            token = self._next() if out else self._prompt(ids, begin)
             if token in self._eog:
                 break
             out.append(token)
@@ -262,25 +322,35 @@ class Session:
         with _explained("cannot render the chat template"):
             return str(self._open_tokenizer().apply_chat_template(json.dumps(messages), add_generation_prompt=True))
 
-    def speed(self, prompt_tokens: int, decode_tokens: int) -> dict[str, float]:
-        """Timings of one prompt and the tokens decoded after it."""
-        prompt = [(7919 * i + 13) % self._size for i in range(prompt_tokens)]
-        self._clear(endless=True)
-        self._prompt(prompt[:8])  # touches every weight, so that no page of the file is read while the clock runs
-        self._clear(endless=True)
-        started = time.perf_counter()
-        self._prompt(prompt)
-        first = time.perf_counter() - started
-        started = time.perf_counter()
-        for _ in range(decode_tokens):
-            self._next()
-        seconds = time.perf_counter() - started
-        return {
-            "prompt_tokens_per_s": prompt_tokens / first,
-            "decode_tokens_per_s": decode_tokens / seconds,
-            "time_to_first_token_s": first,
-            "load_s": self._load_s,
-        }
+    def samples(self, **work: Any) -> Iterator[np.ndarray]:
+        """Timings; see `_timing.samples`."""
+        return samples(self, **work)
+
+    def start(self, depth: int, decoding: bool) -> None:
+        """Makes the context hold `depth` random tokens; those of the last time stay. To decode, it takes one more."""
+        if depth and depth == self._kept:
+            self._generator.rewind_to(depth)
+        else:
+            self._clear(endless=True)
+            self.feed(depth)
+        self._kept = depth
+        if decoding:
+            self.feed(1)
+            self.choose()
+
+    def feed(self, count: int) -> None:
+        """Evaluates random tokens."""
+        ids = self._random.integers(0, self._size, count)
+        for first in range(0, count, self._batch):
+            self._append(ids[first : first + self._batch])
+
+    def choose(self) -> None:
+        """The most likely token after those fed."""
+        self._next()
+
+    def step(self) -> None:
+        """Evaluates the token chosen last, and chooses the next: one call of the library, as its benchmark has it."""
+        self._next()
 
     def peak_memory(self) -> int | None:
         """Highest resident memory so far, in bytes."""
@@ -302,12 +372,26 @@ class Session:
                 params.set_search_options(min_length=self._context if endless else 0)
                 self._generator, self._endless = self._lib.Generator(self._model, params), endless
             self._generator.rewind_to(0)
+            self._held = []
+        self._kept = 0
 
-    def _prompt(self, ids: list[int]) -> int:
-        """Evaluates a prompt from an empty context; the most likely next token."""
+    def _begin(self, ids: list[int], most: int) -> int:
+        """Empties the context but for at most `most` tokens that `ids` begins with, too; how many stay."""
+        # the keys of a graph that chooses factors for a length are rotated for the length they came with
+        kept = 0 if self._by_length or self._endless else shared_length(self._held[: max(most, 0)], ids)
+        if not kept:
+            self._clear()
+            return 0
+        with _explained(f"cannot go back to token {kept}"):
+            self._generator.rewind_to(kept)
+        del self._held[kept:]
+        return kept
+
+    def _prompt(self, ids: list[int], begin: int = 0) -> int:
+        """Evaluates a prompt of which the context holds `begin` tokens; the most likely next token."""
         if not ids:
             raise RunnerError("an empty prompt has no continuation")
-        for first in range(0, len(ids), self._batch):
+        for first in range(begin, len(ids), self._batch):
             self._append(np.array(ids[first : first + self._batch]))
         return self._next()
 
@@ -324,6 +408,7 @@ class Session:
             raise RunnerError(f"a token id is not in the artifact's vocabulary of {self._size}")
         with _explained("failed to compute logits"):
             self._generator.append_tokens(ids.astype(np.int32))
+        self._held.extend(ids.tolist())
 
     def _require_room(self, count: int) -> None:
         if (wanted := self._generator.token_count() + count) > self._context:
