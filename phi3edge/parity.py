@@ -41,10 +41,16 @@ STRINGS = (
 )
 
 
-def check_tokens(runner: Runner, tokenizer: Any, eos: tuple[int, ...]) -> Tokens:
-    """Compares token ids of fixed strings, of the checkpoint's own special tokens, and of a rendered chat."""
+LINES = 64
+"""Lines of the text scored on whose token ids are compared, evenly spaced."""
+
+
+def check_tokens(runner: Runner, tokenizer: Any, eos: tuple[int, ...], text: str) -> Tokens:
+    """Compares token ids of fixed strings, the checkpoint's own special tokens, lines of a text, and a rendered chat."""
     specials = sorted(str(token) for token in tokenizer.get_added_vocab())[:32]
-    strings = [*STRINGS, *(f"{token} a{token}\n{token}" for token in specials)]
+    lines = [line for line in text.splitlines() if line.strip()]
+    chosen = lines[:: max(len(lines) // LINES, 1)][:LINES]
+    strings = [*STRINGS, *(f"{token} a{token}\n{token}" for token in specials), *chosen]
     pairs = [(s, _ids(tokenizer, s), runner.tokenize(s, special=True, bos=False)) for s in strings]
     opening = STRINGS[0]  # with what each adds in front of a prompt
     pairs.append((opening, tokenizer(opening)["input_ids"], runner.tokenize(opening, special=True, bos=True)))

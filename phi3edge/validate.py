@@ -205,7 +205,7 @@ def validate(
             )
         speed = runner.speed(PROMPT_TOKENS, DECODE_TOKENS)
         memory = runner.peak_memory()
-        tokens = check_tokens(runner, tokenizer, eos_ids(checkpoint))
+        tokens = check_tokens(runner, tokenizer, eos_ids(checkpoint), text.text)
         answers = [runner.generate(prompt, GREEDY_TOKENS) for prompt in prompts]
 
     reference = reference_pass(checkpoint, wanted, stages)
