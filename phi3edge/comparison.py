@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import ValidationError
+
 from phi3edge._toml import Strict
+from phi3edge.errors import ConfigError, UsageError
 from phi3edge.metrics import METRICS, Metric, show_value
 from phi3edge.report import Report, to_data
 from phi3edge.types import JSON
 
 if TYPE_CHECKING:
     from rich.console import Group
+
+SAME_REFERENCE = 1e-3
+"""Relative difference of the reference's perplexity up to which two reports speak of one reference."""
+
+_TOGETHER = "validate them together: phi3edge compare A B, without --reports"
 
 
 class Pair(Strict):
@@ -37,6 +48,46 @@ class Comparison(Strict):
     passed: bool
     reports: dict[str, Report]
     pairs: list[Pair]
+
+
+def beside(reports: Mapping[str, Report]) -> Comparison:
+    """Reports that are there already, side by side. What the artifacts are to each other is not in them.
+
+    Args:
+        reports: by the names that the comparison shall have for them, at least one.
+
+    Raises:
+        UsageError: they are of different texts, protocols or references: their figures cannot be compared.
+    """
+    (first, one), *rest = reports.items()
+    for name, report in rest:
+        for what, theirs, ours in (
+            ("text", one.text.sha256[:12], report.text.sha256[:12]),
+            *((f, getattr(one.protocol, f), getattr(report.protocol, f)) for f in ("chunks", "chunk_tokens", "stride")),
+        ):
+            if theirs != ours:
+                raise UsageError(f"{name} has {what} {ours}, {first} {theirs}: they cannot be compared", _TOGETHER)
+        theirs, ours = (r.metrics["reference_ppl"].value for r in (one, report))
+        if not math.isclose(theirs, ours, rel_tol=SAME_REFERENCE):
+            raise UsageError(
+                f"{name} is of another reference than {first}: its perplexity is {ours:.4f}, not {theirs:.4f}",
+                _TOGETHER,
+            )
+    return Comparison(passed=all(r.passed for r in reports.values()), reports=dict(reports), pairs=[])
+
+
+def read_comparison(path: Path) -> Comparison:
+    """Reads comparison.json.
+
+    Raises:
+        ConfigError: not a comparison of this schema.
+    """
+    try:
+        return Comparison.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ConfigError(f"{path} is not a comparison that phi3edge wrote: {where}: {first['msg']}") from None
 
 
 def to_json(comparison: Comparison) -> str:
