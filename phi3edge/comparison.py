@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from phi3edge._toml import Strict
 from phi3edge.errors import ConfigError, UsageError
 from phi3edge.metrics import METRICS, Metric, show_value
-from phi3edge.report import Report, to_data
+from phi3edge.report import Report, read_report, to_data
 from phi3edge.types import JSON
 
 if TYPE_CHECKING:
@@ -76,6 +76,24 @@ def beside(reports: Mapping[str, Report]) -> Comparison:
     return Comparison(passed=all(r.passed for r in reports.values()), reports=dict(reports), pairs=[])
 
 
+def read_reports(files: Mapping[str, Path]) -> Comparison:
+    """Reads the report.json of several artifacts, by name, and puts them side by side.
+
+    Raises:
+        UsageError: a file that is not there; or see `beside`.
+        ConfigError: one that is not a report of this schema.
+    """
+    reports = {}
+    for name, file in files.items():
+        if not file.is_file():
+            raise UsageError(f"no report at {file}", "expected a report.json that phi3edge validate wrote")
+        try:
+            reports[name] = read_report(file)
+        except ConfigError as error:
+            raise ConfigError(f"{file} is {error.message}", error.hint) from None
+    return beside(reports)
+
+
 def read_comparison(path: Path) -> Comparison:
     """Reads comparison.json.
 
@@ -120,7 +138,11 @@ def render(comparison: Comparison) -> Group:
     gates = []
     for report in reports.values():
         failed = ", ".join(gate.name for gate in report.gates if not gate.passed)
-        gates.append(Text(f"FAIL: {failed}", "bold red") if failed else Text("passed", "green"))
+        gates.append(
+            Text(f"FAIL: {failed}", "bold red")
+            if failed
+            else Text(*(("passed", "green") if report.gates else ("none set", "dim")))
+        )
     table.add_row("gates", *gates)
     pairs = [
         Text(

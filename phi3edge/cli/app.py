@@ -9,7 +9,22 @@ from typing import Annotated
 import typer
 
 from phi3edge import __version__
-from phi3edge.cli import bench, calibrate, ci, doctor, export, inspect, listings, plan, pull, push, validate, verify
+from phi3edge.cli import (
+    bench,
+    calibrate,
+    ci,
+    compare,
+    doctor,
+    export,
+    inspect,
+    listings,
+    plan,
+    pull,
+    push,
+    validate,
+    verify,
+)
+from phi3edge.cli import eval as evaluation
 from phi3edge.cli._errors import guard, leave_on_signals
 
 app = typer.Typer(
@@ -25,7 +40,9 @@ app = typer.Typer(
 
 app.command("export")(export.export)
 app.command("validate")(validate.validate)
+app.command("compare")(compare.compare)
 app.command("bench")(bench.bench)
+app.command("eval")(evaluation.run)
 app.command("ci")(ci.ci)
 app.command("calibrate")(calibrate.calibrate)
 app.command("plan")(plan.plan)

@@ -279,11 +279,15 @@ def read_entry(name: str, report: Report, folder: Path | None) -> Entry:
         folder: where its manifest and other files are; None if there are none.
 
     Raises:
-        OutputError: a file there that is not what its name says.
+        OutputError: a file there that is not what its name says, or a manifest of another artifact.
     """
     if folder is None or not (folder / manifest.NAME).is_file():
         return Entry(name, report)
-    manifest.read_manifest(folder)
+    files = manifest.read_manifest(folder)["files"]
+    if files[0]["sha256"] not in {file.sha256 for file in report.artifact}:
+        raise OutputError(
+            f"the report of {name} is of other files than {folder / manifest.NAME} tells of", "validate it again"
+        )
     said = _read(folder / manifest.NAME, Manifest)
     return Entry(
         name,
