@@ -21,7 +21,7 @@ from _gguf import write_gguf
 from _models import GROUPED, write_model
 
 from phi3edge import bandwidth, speed
-from phi3edge.errors import MissingExtraError, UsageError
+from phi3edge.errors import MissingExtraError, RunnerError, UsageError
 from phi3edge.runners import Traffic, llama_cpp, ort_genai
 from phi3edge.runners._energy import Meter
 from phi3edge.runners._timing import Sample, samples
@@ -384,6 +384,31 @@ def test_every_combination_is_measured(fake: FakeRuntime, gguf_file: Path) -> No
 def test_a_sweep_of_nothing_is_refused(sweep: Sweep) -> None:
     with pytest.raises(UsageError):
         sweep.lengths()
+
+
+@pytest.mark.parametrize("kind", [llama_cpp, ort_genai])
+def test_samples_keep_to_the_context_and_leave_nothing_behind(kind, gguf_file: Path, genai_folder: Path) -> None:
+    artifact = gguf_file if kind is llama_cpp else genai_folder
+    ids = np.random.default_rng(3).integers(0, 320, 50)
+    options = {"threads": 1, "kv_type": "f32", "timeout": 120}
+    with kind.open(artifact, context=64 + speed.SPARE, **options) as runner:
+        before = runner.logits(ids)
+        found = [list(runner.samples(0, 24, depth=40, repeats=3)), list(runner.samples(24, 0, depth=40, repeats=2))]
+        assert [len(each) for each in found] == [3, 2]
+        assert all(s.decode_ns > 0 for s in found[0])
+        assert all(s.first_token_ns >= s.prompt_ns > 0 for s in found[1])
+        np.testing.assert_array_equal(runner.logits(ids, reuse=True), before)
+        with pytest.raises(RunnerError, match="context"):
+            list(runner.samples(64, 0, depth=40))
+
+
+def test_an_export_in_two_formats_is_asked_for_one(tmp_path: Path) -> None:
+    for name in ("gguf", "onnx"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "phi3edge.json").touch()
+    done = run(tmp_path)
+    assert done.returncode == 2
+    assert "name one of them" in done.stderr
 
 
 def run(*arguments) -> subprocess.CompletedProcess:

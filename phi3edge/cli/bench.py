@@ -16,6 +16,7 @@ from phi3edge import speed
 from phi3edge.cli._options import JsonOption
 from phi3edge.cli._output import note, print_json, progress, stdout, table
 from phi3edge.errors import UsageError
+from phi3edge.folders import artifacts_in
 from phi3edge.speed import Benchmark, Measurement, Run, Sweep, spread
 from phi3edge.units import size
 
@@ -66,6 +67,8 @@ def bench(
     """
     if as_json + as_csv + as_jsonl > 1:
         raise UsageError("--json, --csv and --jsonl exclude each other", "give one of them")
+    if parts := artifacts_in(artifact):
+        raise UsageError(f"{artifact} holds {len(parts)} artifacts", f"name one of them: phi3edge bench {parts[0]}")
     sweep = Sweep(
         prompts=_numbers("--prompt", prompt),
         decodes=_numbers("--decode", decode),
