@@ -138,11 +138,8 @@ def render(comparison: Comparison) -> Group:
     gates = []
     for report in reports.values():
         failed = ", ".join(gate.name for gate in report.gates if not gate.passed)
-        gates.append(
-            Text(f"FAIL: {failed}", "bold red")
-            if failed
-            else Text(*(("passed", "green") if report.gates else ("none set", "dim")))
-        )
+        passed = Text("passed", "green") if report.gates else Text("none set", "dim")
+        gates.append(Text(f"FAIL: {failed}", "bold red") if failed else passed)
     table.add_row("gates", *gates)
     pairs = [
         Text(

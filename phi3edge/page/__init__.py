@@ -81,9 +81,9 @@ def render(found: Report | Comparison, places: Mapping[str, Path] = {}) -> str:
         section
         for section in (
             overview.gates(entries),
-            overview.figures(entries),
             overview.sizes(entries),
             overview.pairs(entries, pairs),
+            overview.figures(entries),
             measured.distribution(entries),
             measured.layers(entries),
             measured.positions(entries),

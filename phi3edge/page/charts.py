@@ -5,6 +5,7 @@ A specification is checked where it is compiled: in the tests, and in the browse
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -38,6 +39,7 @@ CONFIG: JSON = {
         "tickColor": "var(--strong-line)",
         "labelOverlap": "greedy",
     },
+    "axisQuantitative": {"tickCount": 6},
     "legend": {
         "labelColor": "var(--ink)",
         "labelFontSize": 12,
@@ -75,7 +77,7 @@ def size_against_kl(entries: Sequence[Entry]) -> JSON:
     for row in rows:
         row["size"] = row["bytes"] / factor
     middle = (min(row["size"] for row in rows) + max(row["size"] for row in rows)) / 2
-    y = {"type": "quantitative", "scale": _scale([row["kl"] for row in rows])}
+    y = {"type": "quantitative", **_axis([row["kl"] for row in rows])}
     x = {
         "field": "size",
         "type": "quantitative",
@@ -130,9 +132,10 @@ def kl_distribution(histograms: Mapping[str, Histogram], marks: Mapping[str, flo
     used = [number for h in histograms.values() for number, count in enumerate(h.counts) if count] or [0]
     first, last = max(min(used) - 1, 0), max(used) + 2
     edges = next(iter(histograms.values())).edges
-    scale = {"type": "log", "domain": [edges[first], edges[min(last, len(edges) - 1)]], "nice": False}
-    powers = [10.0**power for power in range(-8, 3)]
-    axis = {"labelExpr": _POWERS, "grid": False, "values": powers, "labelOverlap": True}
+    domain = [edges[first], edges[min(last, len(edges) - 1)]]
+    scale = {"type": "log", "domain": domain, "nice": False}
+    axis = {"labelExpr": _POWERS, "grid": False, "values": [10.0**power for power in range(-8, 3)]}
+    middle = math.sqrt(domain[0] * domain[1])
     x = {"field": "low", "type": "quantitative", "scale": scale, "axis": axis, "title": "KL of a token, nats"}
     if len(histograms) > 1:
         return _chart(
@@ -150,7 +153,7 @@ def kl_distribution(histograms: Mapping[str, Histogram], marks: Mapping[str, flo
                     "field": "share",
                     "type": "quantitative",
                     "title": "share of tokens",
-                    "axis": {"format": ".0%", "tickCount": 5},
+                    "axis": {"format": ".0%"},
                 },
                 "color": {"field": "name", "type": "nominal", "sort": None},
             },
@@ -176,7 +179,12 @@ def kl_distribution(histograms: Mapping[str, Histogram], marks: Mapping[str, flo
                     "x": x,
                     "x2": {"field": "high"},
                     "y2": {"datum": 0},
-                    "y": {"field": "count", "type": "quantitative", "title": "tokens", "axis": {"tickCount": 5}},
+                    "y": {
+                        "field": "count",
+                        "type": "quantitative",
+                        "title": "tokens",
+                        "scale": {"domain": [0, 1.4 * max([row["count"] for row in rows])], "nice": False},
+                    },
                     "tooltip": [{"field": "from", "title": "KL"}, {"field": "count", "title": "tokens"}],
                 },
             },
@@ -188,7 +196,12 @@ def kl_distribution(histograms: Mapping[str, Histogram], marks: Mapping[str, flo
             *(
                 {
                     "data": {"values": [{"low": value, "what": what}]},
-                    "mark": {"type": "text", "align": "left", "dx": 4, "y": 7 + 15 * number, "clip": True},
+                    "mark": {
+                        "type": "text",
+                        "align": "right" if value > middle else "left",
+                        "dx": -4 if value > middle else 4,
+                        "y": 7 + 15 * number,
+                    },
                     "encoding": {"x": x, "text": {"field": "what"}},
                 }
                 for number, what, value in places
@@ -205,7 +218,7 @@ def by_layer(rows: Rows, title: str) -> JSON:
         mark={"type": "bar"},
         encoding={
             "x": {"field": "label", "type": "nominal", "sort": None, "title": "block", "axis": {"labelAngle": 0}},
-            "y": {"field": "value", "type": "quantitative", "title": title, "axis": {"tickCount": 5}},
+            "y": {"field": "value", "type": "quantitative", "title": title},
             "tooltip": [{"field": "name"}, {"field": "shown", "title": title}],
         },
     )
@@ -214,7 +227,7 @@ def by_layer(rows: Rows, title: str) -> JSON:
 def by_role(rows: Rows, title: str) -> JSON:
     """Bars beside names, as for roles, of which there are few; rows as in `by_layer`."""
     y = {"field": "name", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 130}}
-    x = {"field": "value", "type": "quantitative", "title": title, "axis": {"tickCount": 4}}
+    x = {"field": "value", "type": "quantitative", "title": title}
     return _chart(
         rows,
         {"step": 26},
@@ -246,8 +259,7 @@ def calibration_error(linears: Sequence[Linear]) -> JSON:
                 "field": "error",
                 "type": "quantitative",
                 "title": "relative error of outputs",
-                "scale": _scale([row["error"] for row in rows]),
-                "axis": {"labelExpr": _POWERS, "tickCount": 5},
+                **_axis([row["error"] for row in rows]),
             },
             "color": {"field": "role", "type": "nominal", "sort": None},
             "tooltip": [
@@ -261,20 +273,25 @@ def calibration_error(linears: Sequence[Linear]) -> JSON:
 
 
 def long_positions(bands: Sequence[Band]) -> JSON:
-    """KL by position, a colour for each size of the KV cache that the runtime was opened with."""
+    """KL by position, a colour for each length of the sequence and context that the runtime was opened with."""
     rows: Rows = [
         {
             "position": (band.first + band.last) / 2,
             "kl": band.kl.value,
             "low": band.kl.value - 2 * (band.kl.standard_error or 0.0),
             "high": band.kl.value + 2 * (band.kl.standard_error or 0.0),
-            "allocated": f"context of {band.allocated}",
+            "opened": f"{band.tokens} tokens in a context of {band.allocated}",
             "span": f"{band.first} to {band.last}",
         }
         for band in bands
     ]
     x = {"field": "position", "type": "quantitative", "title": "position", "scale": {"zero": False, "padding": 12}}
-    colour = {"field": "allocated", "type": "nominal", "sort": None}
+    colour = {
+        "field": "opened",
+        "type": "nominal",
+        "sort": None,
+        "legend": {"columns": {"expr": "max(1, floor(width / 240))"}, "labelLimit": 300},
+    }
     return _chart(
         rows,
         220,
@@ -293,7 +310,7 @@ def long_positions(bands: Sequence[Band]) -> JSON:
                     "y": {"field": "kl", "type": "quantitative"},
                     "tooltip": [
                         {"field": "span", "title": "positions"},
-                        {"field": "allocated", "title": "opened with"},
+                        {"field": "opened", "title": "of"},
                         {"field": "kl", "title": "KL", "format": ".4f"},
                     ],
                 },
@@ -305,12 +322,13 @@ def long_positions(bands: Sequence[Band]) -> JSON:
 def speed(benches: Mapping[str, Bench]) -> JSON:
     """Decode speed as measured, before the speed that memory bandwidth allows."""
     rows: Rows = []
+    swept = len({run.threads for bench in benches.values() for run in bench.runs}) > 1
     for name, bench in benches.items():
         for run in bench.runs:
             for test in run.tests:
                 if not test.roofline_share:
                     continue
-                label = f"{test.test}, {run.threads} threads" if run.threads else test.test
+                label = f"{test.test}, {run.threads} threads" if swept else test.test
                 rows.append(
                     {
                         "name": f"{name}: {label}" if len(benches) > 1 else label,
@@ -319,7 +337,7 @@ def speed(benches: Mapping[str, Bench]) -> JSON:
                         "share": test.roofline_share,
                     }
                 )
-    y = {"field": "name", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 150}}
+    y = {"field": "name", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 170}}
     x = {"type": "quantitative", "title": "decode, tokens/s"}
     told = [
         {"field": "name", "title": "test"},
@@ -376,12 +394,12 @@ def _chart(rows: Rows, height: int | JSON, **parts: Any) -> JSON:
     }
 
 
-def _scale(values: Sequence[float]) -> JSON:
+def _axis(values: Sequence[float]) -> JSON:
     """Logarithmic where figures span much, else from 0."""
-    positive = [value for value in values if value > 0]
-    if len(positive) == len(values) and values and max(values) > _LOG_SPAN * min(values):
-        return {"type": "log", "nice": True}
-    return {"zero": True}
+    if not 0 < min(values) <= max(values) / _LOG_SPAN:
+        return {"scale": {"zero": True}}
+    ticks = [factor * 10.0**power for power in range(-9, 2) for factor in (1, 3)]
+    return {"scale": {"type": "log", "nice": True}, "axis": {"labelExpr": _POWERS, "values": ticks}}
 
 
 def _verdict() -> JSON:

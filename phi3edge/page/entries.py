@@ -16,6 +16,7 @@ from phi3edge.recipes import gates_of
 from phi3edge.report import Report
 from phi3edge.targets import Target, load_target
 from phi3edge.types import JSON
+from phi3edge.validate import ALWAYS
 
 BENCH = "bench.json"
 
@@ -260,6 +261,7 @@ class Entry:
         for who, limits in (
             (f"recipe {said.recipe.name}" if said else "", gates_of(said.recipe.gates) if said else {}),
             (f"target {said.target}" if said else "", self.target.gates if self.target else {}),
+            ("always", ALWAYS),
         ):
             if _sets(limits.get(gate.name), gate):
                 return who

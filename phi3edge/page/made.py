@@ -93,7 +93,7 @@ def _provenance(entry: Entry) -> list[Content]:
     if said and said.inputs:
         files = [[file.name, f"{file.bytes:,}", code(file.sha256)] for file in said.inputs]
         inputs = table("Files of the checkpoint that it was made from", ["file", ">bytes", "SHA-256"], files)
-        parts.append(details(f"{len(files)} files of the checkpoint", inputs, printed=True))
+        parts.append(details(f"Files of the checkpoint ({len(files)})", inputs, printed=True))
     flags = [[name, "none" if value is None else str(value)] for name, value in environment.flags.items()]
     parts.append(details("Flags of the runtime", table("Flags of the runtime", ["flag", "value"], flags), printed=True))
     return parts

@@ -173,10 +173,11 @@ def positions(entries: Sequence[Entry]) -> Section | None:
             continue
         data = table(
             f"Long positions, {entry.name}",
-            ["positions", ">opened with a context of", ">KL, mean", ">same most likely token"],
+            ["positions", ">of a sequence of", ">in a context of", ">KL, mean", ">same most likely token"],
             [
                 [
                     f"{band.first} to {band.last}",
+                    str(band.tokens),
                     str(band.allocated),
                     figure_cell(band.kl, "nats"),
                     show_value(band.top1, "%"),
@@ -207,7 +208,8 @@ def answers(entries: Sequence[Entry]) -> Section | None:
         shown: list[Content] = [_answer(answer) for answer in differing]
         if len(entries) > 1 and shown:
             shown = [details(f"{len(differing)} answers that differ", *shown, printed=True)]
-        parts.append(per_artifact(entries, entry, told, *shown, rest if same else None))
+        head = tag("h3", "Side by side") if len(entries) == 1 else None
+        parts.append(per_artifact(entries, entry, told, head, *shown, rest if same else None))
     return section("answers", "Greedy answers", *parts) if parts else None
 
 

@@ -67,10 +67,11 @@ def verdict(entries: Sequence[Entry]) -> Html:
     kind, heading = (
         ("fail", "Failed") if failed else ("pass", "Passed") if gates else ("", "No gates: nothing was judged")
     )
-    if len(entries) == 1:
-        lines = [_judged(entries[0].report)] if gates else []
-    else:
-        lines = [f"{entry.name}: {_judged(entry.report)}" for entry in entries] if gates else []
+    lines: list[Content] = []
+    if len(entries) > 1:
+        lines = [join([tag("strong", entry.name), f": {_judged(entry.report)}"]) for entry in entries]
+    elif gates:
+        lines = [_judged(entries[0].report).removeprefix("failed ")]
     unseen = sum(len(entry.report.not_run) for entry in entries)
     told = tag("p", tag("a", f"{unseen} not run: what these figures do not show", href="#not-run")) if unseen else None
     return join(
@@ -100,12 +101,12 @@ def _judged(report: Report) -> str:
 
 def _tiles(report: Report) -> Html:
     shown = (
-        ("bytes", "size", ""),
-        ("kl_mean", "KL from the reference", "nats per token, mean"),
-        ("top1", "same most likely token", "as the reference's"),
+        ("bytes", "size", "of its files"),
+        ("kl_mean", "KL", "nats per token, mean"),
+        ("top1", "same token", "likeliest in both"),
         ("ppl_ratio", "perplexity", "times the reference's"),
-        ("decode_tokens_per_s", "decode", "on the machine that validated"),
-        ("peak_memory_bytes", "peak memory", "on the machine that validated"),
+        ("decode_tokens_per_s", "decode", "per second, while validating"),
+        ("peak_memory_bytes", "peak memory", "while validating"),
     )
     return tag(
         "dl",
@@ -113,7 +114,11 @@ def _tiles(report: Report) -> Html:
             tag(
                 "div",
                 tag("dt", label),
-                tag("dd", show_value(report.metrics[name].value, METRICS[name].unit), tag("small", what)),
+                tag(
+                    "dd",
+                    show_value(report.metrics[name].value, METRICS[name].unit).removesuffix("/s"),
+                    tag("small", what),
+                ),
             )
             for name, label, what in shown
             if name in report.metrics
@@ -128,33 +133,61 @@ def gates(entries: Sequence[Entry]) -> Section:
         return section(
             "gates", "Gates", tag("p", "None were set: neither by a target, nor a recipe, nor for this run.")
         )
-    parts = []
-    for entry in entries:
-        found = table(
-            f"Gates of {entry.name}",
-            ["what", "result", ">measured", ">limit", "used of the limit", "how the limit came about"],
-            [_gate_row(entry, gate) for gate in sorted(entry.report.gates, key=lambda gate: gate.passed)],
-            hidden_caption=True,
-        )
-        if not entry.report.gates:
-            found = tag("p", "No gates.", class_="quiet")
-        parts.append(per_artifact(entries, entry, found))
-    return section("gates", "Gates", *parts)
+    if len(entries) == 1:
+        return section("gates", "Gates", _gate_table(entries[0]))
+    by_name = [{gate.name: gate for gate in entry.report.gates} for entry in entries]
+    rows = [
+        [kind.label, *(_gate_cell(entry, found.get(name)) for entry, found in zip(entries, by_name, strict=True))]
+        for name, kind in METRICS.items()
+        if any(name in found for found in by_name)
+    ]
+    matrix = table("Gates by artifact", ["what", *(entry.name for entry in entries)], rows, hidden_caption=True)
+    limits = [join([tag("h3", entry.name), _gate_table(entry)]) for entry in entries if entry.report.gates]
+    return section("gates", "Gates", matrix, details("Each limit, and how it came about", *limits, printed=True))
+
+
+def _gate_cell(entry: Entry, gate: Gate | None) -> Html:
+    """A gate's result, figure and limit, in three lines at most."""
+    if gate is None:
+        return tag("span", "no gate", class_="absent")
+    found = entry.report.metrics.get(gate.name)
+    return join(
+        [
+            _result(gate),
+            tag("br"),
+            figure_cell(found, METRICS[gate.name].unit),
+            tag("small", _limit(gate), class_="line"),
+        ]
+    )
+
+
+def _gate_table(entry: Entry) -> Html:
+    columns = ["what", "result", ">measured", ">limit", "used of the limit", "how the limit came about"]
+    rows = [_gate_row(entry, gate) for gate in sorted(entry.report.gates, key=lambda gate: gate.passed)]
+    return table(f"Gates of {entry.name}", columns, rows, hidden_caption=True)
+
+
+def _result(gate: Gate) -> Html:
+    return tag("span", "passed" if gate.passed else "FAILED", class_="passed" if gate.passed else "failed")
+
+
+def _limit(gate: Gate) -> str:
+    """The limit alone; how it came about is its rule."""
+    return "none" if gate.limit is None else show_limit(gate.model_copy(update={"rule": ""}))
 
 
 def _gate_row(entry: Entry, gate: Gate) -> list[Content]:
     kind = METRICS[gate.name]
     used = None
-    if gate.limit and gate.value is not None and gate.sense == "max":
-        share = gate.value / gate.limit
+    if gate.limit and gate.value:
+        share = gate.value / gate.limit if gate.sense == "max" else gate.limit / gate.value
         used = join([bar(share, "" if gate.passed else "bad"), f" {share:.0%}"])
-    limit = show_limit(gate.model_copy(update={"rule": ""})) if gate.limit is not None else "none"
     return [
         kind.label,
-        tag("span", "passed" if gate.passed else "FAILED", class_="passed" if gate.passed else "failed"),
+        _result(gate),
         figure_cell(entry.report.metrics.get(gate.name), kind.unit),
-        limit,
-        used or "",
+        _limit(gate),
+        used,
         "; ".join(part for part in (entry.origin(gate), gate.rule) if part),
     ]
 
