@@ -176,6 +176,10 @@ class Runner:
         """
         return self._call("tokenize", "tokenizing", text=text, special=special, bos=bos)
 
+    def detokenize(self, ids: list[int]) -> str:
+        """The text of token ids, without special tokens; U+FFFD stands for bytes that are no whole character."""
+        return self._call("detokenize", "detokenizing", ids=ids)
+
     def chat(self, messages: list[dict[str, str]]) -> str | None:
         """A chat and the opening of an answer, as the runtime's own engine renders it; None where it has no engine.
 

@@ -272,6 +272,17 @@ class Session:
                 return list(tokens[:n])
             room = -n
 
+    def detokenize(self, ids: list[int]) -> str:
+        """The text of token ids."""
+        tokens = (self._lib.llama_token * len(ids))(*ids)
+        room = 16 * len(ids) + 16
+        while True:
+            text = ctypes.create_string_buffer(room)
+            n = self._lib.llama_detokenize(self._vocabulary, tokens, len(ids), text, room, False, False)
+            if n >= 0:
+                return text.raw[:n].decode("utf-8", "replace")
+            room = -n
+
     def chat(self, messages: list[dict[str, str]]) -> str | None:
         """None: the library knows templates by their look; what uses it brings an engine for others."""
         return None

@@ -11,6 +11,7 @@ import json
 import re
 import tempfile
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -37,6 +38,8 @@ PACKAGE = "onnxruntime-genai"
 
 _BATCH = 512  # tokens per run of the graph: bounds its logits, which come for every token
 _ROWS = 64  # rows of logits per message
+_BROKEN = "\ufffd"  # what the library writes for bytes that are no character
+_MOST_BYTES = 4  # of a character in UTF-8
 _ROW_INPUTS = {
     "Gather": {0},
     "com.microsoft.GatherBlockQuantized": {0, 2, 3},
@@ -316,6 +319,23 @@ class Session:
         if not special and (found := self._found.special_ids.intersection(ids[1:] if bos else ids)):
             raise RunnerError(f"{RUNTIME} always reads special tokens, and the text holds {sorted(found)}")
         return ids
+
+    def detokenize(self, ids: list[int]) -> str:
+        """The text of token ids; the library leaves out all that follows bytes that are no character."""
+        before = ""
+        while (text := self._decode(ids)).endswith(_BROKEN):
+            clean = len(text.rstrip(_BROKEN))
+            ends = range(len(ids))
+            at = bisect_left(ends, clean, key=lambda end: len(self._decode(ids[:end]).rstrip(_BROKEN)))
+            rest = ids[at + 1 :]
+            if len(rest) < _MOST_BYTES - 1 and (not rest or self._decode(rest).startswith(_BROKEN)):
+                break  # a character that may still become whole
+            before, ids = before + text[:clean] + _BROKEN, rest
+        return before + text
+
+    def _decode(self, ids: list[int]) -> str:
+        with _explained("cannot detokenize"):
+            return str(self._open_tokenizer().decode(np.array(ids, np.int32)))
 
     def chat(self, messages: list[dict[str, str]]) -> str:
         """A chat by the folder's template and the runtime's engine."""
