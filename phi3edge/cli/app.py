@@ -12,11 +12,13 @@ from phi3edge import __version__
 from phi3edge.cli import (
     bench,
     calibrate,
+    chat,
     ci,
     compare,
     doctor,
     export,
     inspect,
+    layers,
     listings,
     plan,
     pull,
@@ -41,6 +43,8 @@ app = typer.Typer(
 app.command("export")(export.export)
 app.command("validate")(validate.validate)
 app.command("compare")(compare.compare)
+app.command("chat")(chat.chat)
+app.command("layers")(layers.layers)
 app.command("bench")(bench.bench)
 app.command("eval")(evaluation.run)
 app.command("ci")(ci.ci)
