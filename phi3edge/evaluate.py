@@ -16,6 +16,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,10 +37,11 @@ from phi3edge.tasks import SEEDS, Tasks, load_tasks, no_remote_code, require_har
 from phi3edge.types import JSON
 
 if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
     from rich.console import Group
 
     from phi3edge.checkpoint import Checkpoint
-    from phi3edge.harness import Adapter, Cost, Requests
+    from phi3edge.harness import Adapter, Cost
 
 CONTEXT = 4096
 """The longest prompt, and a perplexity's window, unless the checkpoint has fewer positions or a user says otherwise."""
@@ -224,11 +226,12 @@ def evaluate(
     with no_remote_code(), ExitStack() as answers:
         with stages("tasks", None):
             loaded = load_tasks(tasks, task_folder, num_fewshot, chat)
-        from phi3edge.harness import ReferenceModel, Requests, RunnerModel
+        from phi3edge.harness import ReferenceModel, Requests, RunnerModel, render_chat
 
         requests = Requests(tokenizer, room)
         with stages("prompts", None):
-            needs = _longest(loaded, limit, requests)
+            asked = loaded.requests(limit, partial(render_chat, tokenizer))
+            needs = max(part.needs for request in asked for part in requests.of(request))
         with stages("hash", None):
             files: list[JSON] = [
                 {"name": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)}
@@ -238,7 +241,7 @@ def evaluate(
         if reference:
             kept = answers.enter_context(closing(Answers(_kept(fingerprint(source.path), versions["transformers"]))))
             beside = ReferenceModel(source.path, eos_ids(source.path), requests, kept, stages)
-            estimates.append(_estimate(beside, f"{source.name} (reference)", loaded, limit))
+            estimates.append(_estimate(beside, f"{source.name} (reference)", asked))
             beside.release()  # its memory, while the artifact runs
         with stages("load", None):
             cache = kv_type or (found.said or {}).get("kv_cache", "f16")
@@ -248,10 +251,10 @@ def evaluate(
         with runner:
             info = runner.info()
             how = {key: value for key, value in info.items() if key not in _NOT_OF_ANSWERS}
-            _require_same_tokens(runner, found.file.name, source.path, loaded, limit, requests)
+            _require_same_tokens(runner, found.file.name, source.path, asked, tokenizer)
             kept = answers.enter_context(closing(Answers(_kept([file["sha256"] for file in files], how))))
             model = RunnerModel(runner, requests, kept, stages)
-            confirm([_estimate(model, artifact.name, loaded, limit), *estimates])
+            confirm([_estimate(model, artifact.name, asked), *estimates])
             ours = _judge(model, loaded, limit)
         theirs = _judge(beside, loaded, limit) if beside else None
     evaluation = Evaluation(
@@ -296,33 +299,20 @@ def _room(checkpoint: Path, context: int | None) -> int:
     return context or min(CONTEXT, positions)
 
 
-def _template(requests: Requests) -> Callable[..., str]:
-    from phi3edge.harness import render
-
-    return lambda *args, **options: render(requests.tokenizer, *args, **options)
-
-
-def _longest(tasks: Tasks, limit: int | None, requests: Requests) -> int:
-    """The most tokens that one request takes; every one is made, so that one that does not fit is refused here."""
-    made = tasks.requests(limit, _template(requests))
-    return max(part.needs for request in made for part in requests.of(request))
-
-
 def _require_same_tokens(
-    runner: Runner, name: str, checkpoint: Path, tasks: Tasks, limit: int | None, requests: Requests
+    runner: Runner, name: str, checkpoint: Path, asked: Sequence[Instance], tokenizer: Any
 ) -> None:
     """Refuse an artifact that would read the prompts differently."""
-    encode = requests.tokenizer.encode
     size, wanted = runner.info()["vocabulary_size"], vocabulary_size(checkpoint)
     if size != wanted:
         raise RunnerError(
             f"{name} has {size} tokens in its vocabulary, the checkpoint {wanted}",
             "is it an export of this checkpoint?",
         )
-    first = {request.task_name: request.args[0] for request in reversed(tasks.requests(limit, _template(requests)))}
+    first = {request.task_name: request.args[0] for request in reversed(asked)}
     for task, prompt in first.items():
         text = prompt[:_CHECKED]
-        ids, theirs = runner.tokenize(text, special=True, bos=False), encode(text, add_special_tokens=False)
+        ids, theirs = runner.tokenize(text, special=True, bos=False), tokenizer.encode(text, add_special_tokens=False)
         if ids != theirs:
             at = next(
                 (n for n, (a, b) in enumerate(zip(ids, theirs, strict=False)) if a != b), min(len(ids), len(theirs))
@@ -340,8 +330,8 @@ def _kept(*model: object) -> Path:
     return cache_dir() / "eval" / f"{digest}.jsonl"
 
 
-def _estimate(model: Adapter, name: str, tasks: Tasks, limit: int | None) -> Estimate:
-    cost = model.cost(tasks.requests(limit, model.apply_chat_template))
+def _estimate(model: Adapter, name: str, asked: Sequence[Instance]) -> Estimate:
+    cost = model.cost(asked)
     if cost.answered == cost.requests:
         return Estimate(name, cost, 0.0)
     prompt, decode = model.speed()

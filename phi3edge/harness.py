@@ -258,7 +258,7 @@ class Adapter(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A chat as the checkpoint's template writes it."""
-        return render(self.tokenizer, chat_history, add_generation_prompt)
+        return render_chat(self.tokenizer, chat_history, add_generation_prompt)
 
     @property
     def eot_token_id(self) -> int:
@@ -348,7 +348,7 @@ class Adapter(TemplateLM):
         return any(stop in text for stop in until if stop)
 
 
-def render(tokenizer: Any, chat: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+def render_chat(tokenizer: Any, chat: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
     """A chat as the checkpoint's template writes it, with the opening of an answer or within one."""
     return tokenizer.apply_chat_template(
         chat,

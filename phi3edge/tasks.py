@@ -178,7 +178,7 @@ def _quiet() -> None:
     import lm_eval.api.task
     from tqdm import tqdm
 
-    for library in ("lm_eval", "datasets", "evaluate"):
+    for library in ("lm_eval", "datasets", "evaluate", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = lambda items, **_: tqdm(items, disable=True)

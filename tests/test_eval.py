@@ -1,13 +1,16 @@
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import datasets
 import lm_eval.tasks
 import numpy as np
 import pytest
+import torch
 import yaml
 from _genai import write_genai
 from _gguf import write_gguf
@@ -24,8 +27,8 @@ from phi3edge.answers import Answers
 from phi3edge.cli.app import app
 from phi3edge.errors import ConfigError, HubError, MissingExtraError, RunnerError, UnsupportedError, UsageError
 from phi3edge.evaluate import CONTEXT, Evaluation, Score, evaluate, render
-from phi3edge.harness import Requests
-from phi3edge.reference import load_tokenizer
+from phi3edge.harness import ReferenceModel, Requests
+from phi3edge.reference import load_model, load_tokenizer
 from phi3edge.runners import Runner, llama_cpp, ort_genai, shared_length
 
 SHAPE = Shape(dtype="float32", hidden=128, intermediate=256, kv_heads=2)
@@ -83,16 +86,24 @@ def noisy(checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def oracle(checkpoint: Path, tasks: Path):
+def ask(checkpoint: Path, tasks: Path):
     """What lm-evaluation-harness finds by itself, with its own Hugging Face model."""
     model = HFLM(pretrained=str(checkpoint), dtype="float32", device="cpu", batch_size=1, max_length=ROOM)
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    before = Path.cwd()
-    os.chdir(tasks)
-    try:
-        return simple_evaluate(model=model, tasks=TASKS, task_manager=manager, bootstrap_iters=1000, log_samples=True)
-    finally:
-        os.chdir(before)
+
+    def found(names: list[str], **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tasks)
+            return simple_evaluate(
+                model=model, tasks=names, task_manager=manager, bootstrap_iters=1000, log_samples=True, **options
+            )
+
+    return found
+
+
+@pytest.fixture(scope="module")
+def oracle(ask):
+    return ask(TASKS)
 
 
 def run(artifact: Path, checkpoint: Path, tasks: Path, names: list[str] | None = None, **options) -> Evaluation:
@@ -167,28 +178,19 @@ def test_answers_are_those_of_the_harness_own_model(
     assert compared == 12 * (4 + 3 + 1)
 
 
-def test_answers_are_chats_on_request(exact: Path, checkpoint: Path, tasks: Path, cache: Path) -> None:
-    tokenizer = load_tokenizer(checkpoint)
-    seen: list[str] = []
-
-    def look(estimates) -> None:
-        raise InterruptedError
-
-    original = Requests.of
-
-    def watch(self, request):
-        seen.append(request.args[0])
-        return original(self, request)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Requests, "of", watch)
-        with pytest.raises(InterruptedError):
-            run(exact, checkpoint, tasks, ["answer"], chat=True, context=512, confirm=look)
-    shot, question = (json.loads(line) for line in (tasks / "train.jsonl").read_text().splitlines()[:2])
-    assert seen[0].endswith("<|end|>\n<|assistant|>\n")
-    assert seen[0].count("<|user|>\n") == 2
-    assert tokenizer.chat_template
-    assert shot["question"] in seen[0] or question["question"] in "".join(seen)
+def test_prompts_are_chats_on_request(exact: Path, checkpoint: Path, tasks: Path, ask) -> None:
+    theirs = ask(["endings"], apply_chat_template=True, limit=5, num_fewshot=1)
+    (prompt, _) = theirs["samples"]["endings"][0]["arguments"][0]
+    assert (prompt.count("<|user|>\n"), prompt.count("<|assistant|>\n")) == (2, 2)
+    found = run(exact, checkpoint, tasks, ["endings"], chat=True, limit=5, num_fewshot=1)
+    (task,) = found.tasks
+    assert found.chat
+    assert (task.num_fewshot, task.documents) == (1, 5)
+    for score in task.scores:
+        assert score.artifact.value == pytest.approx(theirs["results"]["endings"][f"{score.metric},none"])
+    samples = theirs["samples"]["endings"]
+    text = "".join(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in samples)
+    assert task.sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_flips_and_differences_of_a_damaged_artifact(noisy: Path, checkpoint: Path, tasks: Path) -> None:
@@ -339,6 +341,24 @@ def test_a_context_that_is_reused_gives_the_same_logits(
             longer = prompt + fresh.generate(prompt, 3)
             assert runner.generate(longer, 6, reuse=True) == fresh.generate(longer, 6)
             base = np.concatenate([ids, base])[:90]
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_the_reference_reuses_only_what_its_cache_still_holds(window: int | None, tmp_path: Path) -> None:
+    checkpoint = write_model(tmp_path / "model", SHAPE, sliding_window=window)
+    with closing(Answers(tmp_path / "answers.jsonl")) as answers:
+        model = ReferenceModel(checkpoint, (0, 3), Requests(load_tokenizer(checkpoint), 512), answers)
+        fresh = load_model(checkpoint)
+        random = np.random.default_rng(0)
+        base = random.integers(4, 264, 100)
+        for length, keep in ((30, 0), (35, 20), (35, 35), (90, 35), (60, 50), (30, 10), (38, 30)):
+            base[keep:] = random.integers(4, 264, 100 - keep)
+            ids = base[:length].astype(np.int32)
+            with torch.inference_mode():
+                expected = fresh(torch.from_numpy(ids.astype(np.int64))[None]).logits[0].numpy()
+            for start in (0, max(keep - 3, 0), length - 1):
+                np.testing.assert_allclose(np.concatenate(list(model.rows(ids, start))), expected[start:], atol=1e-4)
+            assert len(model.extend(ids.tolist(), 3)) <= 3
 
 
 def test_shared_length() -> None:
