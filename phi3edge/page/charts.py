@@ -87,7 +87,13 @@ def size_against_kl(entries: Sequence[Entry]) -> JSON:
     labels = [
         {
             "transform": [{"filter": f"datum.size {'<=' if left else '>'} {middle!r}"}],
-            "mark": {"type": "text", "align": "left" if left else "right", "dx": 9 if left else -9, "dy": -7},
+            "mark": {
+                "type": "text",
+                "align": "left" if left else "right",
+                "dx": 9 if left else -9,
+                "dy": -7,
+                "limit": {"expr": "width / 2"},
+            },
             "encoding": {"x": x, "y": {**y, "field": "kl"}, "text": {"field": "name"}},
         }
         for left in (True, False)
@@ -230,7 +236,7 @@ def by_role(rows: Rows, title: str) -> JSON:
     x = {"field": "value", "type": "quantitative", "title": title}
     return _chart(
         rows,
-        {"step": 26},
+        26 * len(rows),
         mark={"type": "bar"},
         encoding={"x": x, "y": y, "tooltip": [{"field": "name"}, {"field": "shown", "title": title}]},
     )
@@ -347,7 +353,7 @@ def speed(benches: Mapping[str, Bench]) -> JSON:
     ]
     return _chart(
         rows,
-        {"step": 28},
+        28 * len(rows),
         encoding={"y": y, "tooltip": told},
         layer=[
             {"mark": {"type": "bar", "color": "var(--track)"}, "encoding": {"x": {**x, "field": "roofline"}}},
@@ -380,14 +386,13 @@ def memory(rows: Rows, limit: float | None) -> JSON:
                 "encoding": {"x": {"field": "value", "type": "quantitative"}, "tooltip": {"field": "shown"}},
             }
         )
-    return _chart(values, {"step": 28}, layer=layers)
+    return _chart(values, 28 * len(rows), layer=layers)
 
 
-def _chart(rows: Rows, height: int | JSON, **parts: Any) -> JSON:
+def _chart(rows: Rows, height: int, **parts: Any) -> JSON:
     return {
         "width": "container",
         "height": height,
-        "autosize": {"type": "fit-x", "contains": "padding"},
         "data": {"values": rows},
         "config": CONFIG,
         **parts,
