@@ -52,7 +52,7 @@ def render(folder: Path) -> str:
         _run(said),
         _weights(said),
         _measured(report),
-        _tasks(_read_eval(folder / folders.EVAL)),
+        _tasks(folder / folders.EVAL),
         _calibration(said),
         _notes(said, report),
         _again(said),
@@ -159,20 +159,33 @@ def _measured(report: Report | None) -> str:
     )
 
 
-def _read_eval(path: Path) -> JSON | None:
+def _tasks(path: Path) -> str:
+    """The scores of eval.json, whose schema is phi3edge.evaluate.Evaluation."""
     if not path.is_file():
-        return None
+        return ""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}", "run phi3edge eval again") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} is not what phi3edge eval writes", "run phi3edge eval again")
-    return content
+        found = json.loads(path.read_text(encoding="utf-8"))
+        rows = [_score(task, score) for task in found["tasks"] for score in task["scores"]]
+        versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is not what phi3edge eval writes: {error!r}", "run phi3edge eval again") from None
+    head = ["task", "shots", "questions", "metric", "this artifact", "±", "reference", "±"]
+    return f"## Tasks\n\nWith {versions}; ± is the standard error.\n\n{_table(head, rows)}"
 
 
-def _tasks(found: JSON | None) -> str:
-    return ""
+def _score(task: JSON, score: JSON) -> list[str]:
+    asked = f"{task['documents']}" + ("" if task["documents"] == task["of"] else f" of {task['of']}")
+    shots = "" if task["num_fewshot"] is None else str(task["num_fewshot"])
+    figures = [*_figure(score["artifact"]), *_figure(score["reference"])]
+    return [task["name"], shots, asked, score["metric"], *figures]
+
+
+def _figure(found: JSON | None) -> tuple[str, str]:
+    """A value and its standard error; nothing for what was not run."""
+    if found is None:
+        return "", ""
+    error = found["standard_error"]
+    return f"{float(found['value']):.4f}", "" if error is None else f"{float(error):.4f}"
 
 
 def _calibration(said: JSON) -> str:

@@ -215,10 +215,10 @@ def _blocks(node: ir.Node, path: Path) -> Stored:
         found = _array(scales)
         rows, blocks = found.reshape(_array(codes).shape[0], -1).shape
         levels = _unpacked(_array(codes).reshape(rows, -1), bits).reshape(rows, blocks, block)
-        zero = np.float32(2 ** (bits - 1))
+        zero: np.ndarray | float = 2.0 ** (bits - 1)
         if zeros is not None:
             zero = _unpacked(_array(zeros).reshape(rows, -1), bits)[:, :blocks, None]
-        return ((levels - zero) * found.reshape(rows, blocks, 1)).reshape(rows, -1)
+        return ((levels - zero) * found.reshape(rows, blocks, 1)).reshape(rows, -1).astype(np.float32, copy=False)
 
     stored = sum(_initializer(value).const_value.nbytes for value in values)
     return Stored(f"{'u' if zeros is not None else ''}int{bits}_b{block}", stored, read)

@@ -105,3 +105,21 @@ def test_what_it_cannot_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a report of schema"):
         card.write(folder)
     assert not (folder / "README.md").exists()
+
+
+def test_scores_of_tasks_beside_the_references(tmp_path: Path) -> None:
+    folder = write_artifact(tmp_path / "tiny")
+    score = {"metric": "acc", "artifact": {"value": 0.6789, "standard_error": 0.004}}
+    task = {"name": "mmlu", "num_fewshot": 5, "documents": 100, "of": 14042}
+    tasks = [
+        task | {"scores": [score | {"reference": {"value": 0.688, "standard_error": None}}]},
+        task | {"name": "arc", "documents": 14042, "num_fewshot": None, "scores": [score | {"reference": None}]},
+    ]
+    (folder / "eval.json").write_text(json.dumps({"tasks": tasks, "versions": {"lm-eval": "0.4.13"}}))
+    text = card.render(folder)
+    assert "| mmlu | 5 | 100 of 14042 | acc | 0.6789 | 0.0040 | 0.6880 |  |" in text
+    assert "| arc |  | 14042 | acc | 0.6789 | 0.0040 |  |  |" in text
+    assert "With lm-eval 0.4.13" in text
+    (folder / "eval.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"eval\.json is not what phi3edge eval writes"):
+        card.write(folder)
