@@ -193,11 +193,10 @@ def _calibration(said: JSON) -> str:
         return ""
     what = f"of {described['text']}" if described.get("text") else f"of {described['statistics']}"
     tokens = (
-        f"{described['sequences'] * described['tokens']} tokens " if "sequences" in described else "The statistics "
+        f"{described['sequences'] * described['tokens']} tokens " if "sequences" in described else "the statistics "
     )
     hashed = f" (SHA-256 of its token ids: `{described['sha256']}`)" if described["sha256"] else ""
-    kept = " They are in `calibration.npy`." if "sequences" in described else ""
-    return f"## Calibration\n\nThe weights were rounded with {tokens.lower() + what}{hashed}.{kept}"
+    return f"## Calibration\n\nThe weights were rounded with {tokens + what}{hashed}."
 
 
 def _notes(said: JSON, report: Report | None) -> str:
