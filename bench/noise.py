@@ -35,7 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     text = read_text(args.text) if args.text else default_text()
     ids = cut(load_tokenizer(args.checkpoint)(text.text)["input_ids"], args.chunks, TOKENS, TOKENS, text.name)
-    wanted = Wanted(ids, TOKENS // 2, [], 0, np.empty(0, np.int64), [])
+    wanted = Wanted(ids, TOKENS // 2, [], 0, [])
     reference = reference_pass(args.checkpoint, wanted)
     for artifact in args.artifacts:
         ways = [Scores(), Scores()]

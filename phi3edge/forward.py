@@ -38,7 +38,7 @@ class Decoder:
     """What is computed between the linears of a model."""
 
     def __init__(self, spec: ModelSpec, device: str | torch.device = "cpu") -> None:
-        """Rotary tables for the model's context.
+        """Rotary frequencies.
 
         Args:
             spec: the model.
@@ -46,10 +46,13 @@ class Decoder:
         """
         self.spec = spec
         self.device = torch.device(device)
-        exponents = torch.arange(0, spec.rope.dim, 2, dtype=torch.float32) / spec.rope.dim
-        angles = torch.outer(torch.arange(spec.context_length, dtype=torch.float32), spec.rope.theta**-exponents)
-        self._cos = torch.cat([angles, angles], -1).cos().to(self.device)
-        self._sin = torch.cat([angles, angles], -1).sin().to(self.device)
+        rope = spec.rope
+        exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
+        factors = {False: rope.short_factors, True: rope.long_factors}
+        self._frequencies = {
+            long: 1 / (rope.theta**exponents * (torch.tensor(f) if f else 1)) for long, f in factors.items()
+        }
+        self._tables: tuple[tuple[bool, int, int], Tensor, Tensor] | None = None
 
     def norm(self, h: Tensor, gain: Tensor) -> Tensor:
         """RMSNorm over the last axis."""
@@ -78,13 +81,26 @@ class Decoder:
 
         Args:
             x: shape (sequences, heads, tokens, head size).
-            start: position of the first token.
+            start: position of the first token. With LongRoPE the last one decides about the factors, so what is rotated
+                piece by piece may not cross the original context.
         """
-        here, dim = slice(start, start + x.shape[2]), self.spec.rope.dim
+        dim = self.spec.rope.dim
+        cos, sin = self._angles(start, x.shape[2])
         turned, rest = x[..., :dim], x[..., dim:]
         first, second = turned.chunk(2, -1)
         swapped = torch.cat([-second, first], -1)
-        return torch.cat([turned * self._cos[here] + swapped * self._sin[here], rest], -1)
+        return torch.cat([turned * cos + swapped * sin, rest], -1)
+
+    def _angles(self, start: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Scaled cosines and sines of some positions, shape (tokens, rotated channels); the last ones are kept."""
+        long = self.spec.rope.by_length and start + tokens > self.spec.original_context_length
+        key = (long, start, tokens)
+        if self._tables is None or self._tables[0] != key:
+            positions = torch.arange(start, start + tokens, dtype=torch.float32)
+            angles = torch.outer(positions, self._frequencies[long]).repeat(1, 2)
+            scale = self.spec.rope.attention_factor
+            self._tables = (key, (angles.cos() * scale).to(self.device), (angles.sin() * scale).to(self.device))
+        return self._tables[1], self._tables[2]
 
     def _mask(self, tokens: int) -> dict[str, bool | Tensor]:
         window = self.spec.sliding_window

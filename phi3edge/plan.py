@@ -271,6 +271,14 @@ def warnings(plan: QuantPlan, target: Target, format_: Format, context: int) -> 
             f"The model attends to the last {window} tokens; {who} ignores that window, so beyond {window} tokens "
             "of context its answers differ from the reference."
         )
+    original = plan.model.original_context_length
+    if format_ == "gguf" and plan.model.rope.by_length:
+        side, other = ("up to", "above") if context <= original else ("above", "up to")
+        notes.append(
+            f"llama.cpp chooses LongRoPE's factors once, by the context it is opened with: this file is for contexts "
+            f"{side} {original} tokens. Opened with one {other} {original}, its answers differ from the reference"
+            + ("." if context <= original else f", and so do those to sequences that have at most {original} tokens.")
+        )
     if not runtime.runs_here:
         notes.append(
             f"{runtime.name} is not run here: the graph is held against a list of its operators and types, and figures "

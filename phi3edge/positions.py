@@ -6,32 +6,45 @@ a sequence is longer than 4,096 tokens, which some runtimes decide by the contex
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from phi3edge.types import ModelSpec
 
 BAND = 16
 """Positions scored on each side of a boundary, and at the end."""
 
 
-def boundaries(spec: ModelSpec) -> list[int]:
-    """Numbers of tokens beyond which the model's function changes, sorted."""
-    rope = spec.original_context_length if spec.original_context_length < spec.context_length else None
-    return sorted({n for n in (spec.sliding_window, rope) if n is not None})
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The beginning of a text, of `tokens` tokens, and the bands of its positions that are scored."""
+
+    tokens: int
+    bands: tuple[range, ...]
 
 
-def bands(spec: ModelSpec, context: int) -> list[range]:
-    """Positions to score in a sequence of `context` tokens: on both sides of each boundary within, and the last ones.
+def probes(spec: ModelSpec, context: int) -> list[Probe]:
+    """Sequences to score within `context` tokens: bands on both sides of each boundary, and the last positions.
 
+    With LongRoPE a sequence that ends where the factors change comes first: it is rotated by the short ones throughout.
     Empty for a model without boundaries, or a context that reaches none.
     """
-    within = [n for n in boundaries(spec) if n + BAND < context]
-    if not within:
+    rope = spec.original_context_length if spec.rope.by_length else None
+    boundaries = sorted({n for n in (spec.sliding_window, rope) if n is not None and n + BAND < context})
+    if not boundaries:
         return []
-    found = [range(n + shift, n + shift + BAND) for n in within for shift in (-BAND, 0)]
+    bands = [range(n + shift, n + shift + BAND) for n in boundaries for shift in (-BAND, 0)]
     end = range(context - 1 - BAND, context - 1)
-    return found if end[0] < found[-1][-1] else [*found, end]
+    if end[0] > bands[-1][-1]:
+        bands.append(end)
+    if rope is None or rope not in boundaries:
+        return [Probe(context, tuple(bands))]
+    return [
+        Probe(rope, tuple(band for band in bands if band[-1] < rope)),
+        Probe(context, tuple(band for band in bands if band[0] >= rope)),
+    ]
 
 
 def allocations(spec: ModelSpec, context: int) -> list[int]:
     """Sizes of the KV cache to open the runtime with: up to where LongRoPE changes its factors, and all of it."""
     rope = spec.original_context_length
-    return [rope, context] if rope < min(spec.context_length, context) else [context]
+    return [rope, context] if spec.rope.by_length and rope < context else [context]

@@ -1,4 +1,4 @@
-"""Proves artifacts: finds each one's reference, gates, context and calibration text, validates it, writes its report."""
+"""Proves artifacts: finds the reference, gates, context and calibration text of each, validates it and reports."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def validate_artifact(
     format_: Format = said.get("format", "onnx" if is_genai(artifact) else "gguf")
     runtime = (device.formats.get(format_) or next(iter(device.formats.values()))) if device else None
     context = said.get("context") or (device.context if device else CHUNK_TOKENS)
-    spec = _spec(source.config, source.generation_config, source.name) if protocol.positions else None
+    spec = _spec(source.config, source.generation_config, source.name)
     report, pairs = validate(
         folder / said["files"][0]["name"] if described and artifact.is_dir() else artifact,
         source.path,
@@ -153,6 +153,7 @@ def validate_artifact(
         name=source.name,
         source=source.source,
         spec=spec,
+        positions=protocol.positions,
         not_run=() if runtime is None or runtime.runs_here else (f"{runtime.name}: {NOT_RUN}",),
         keep=keep,
         others=others,

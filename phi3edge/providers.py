@@ -16,7 +16,7 @@ from phi3edge import _toml
 from phi3edge._toml import Strict
 from phi3edge.codecs import codec, is_float
 
-DType = Literal["float32", "float16", "int64", "int32", "int8", "uint8"]
+DType = Literal["float32", "float16", "int64", "int32", "int8", "uint8", "bool"]
 
 FLOATS = ("float32", "float16")
 

@@ -28,6 +28,7 @@ from phi3edge.checkpoint import open_checkpoint
 from phi3edge.distributions import DRAWN, TOP, Distributions, Keeper, open_kept
 from phi3edge.errors import CheckpointError, MissingExtraError, OutputError, Phi3EdgeError, UsageError
 from phi3edge.families import parse_config
+from phi3edge.hf_config import readable_config
 from phi3edge.progress import Stages, silent
 from phi3edge.types import JSON
 from phi3edge.units import size
@@ -48,16 +49,14 @@ class Wanted:
         first: the first position of each whose prediction is scored; the last position's is not.
         prompts: token ids to continue greedily.
         greedy_tokens: at most so many tokens each.
-        long: one long sequence, int64, shape (tokens,); empty for none.
-        positions: those of it whose predictions are scored.
+        long: sequences, each int64 of shape (tokens,), and the positions of each whose predictions are scored.
     """
 
     chunks: np.ndarray
     first: int
     prompts: list[list[int]]
     greedy_tokens: int
-    long: np.ndarray
-    positions: list[int]
+    long: list[tuple[np.ndarray, list[int]]]
 
     @property
     def rows(self) -> int:
@@ -72,7 +71,7 @@ class Reference:
     Attributes:
         distributions: of the chunks, shape (chunks, rows), memory maps.
         text_log_probs: float32, shape (chunks, rows): log-probability of the token that the text goes on with.
-        long: distributions of the long sequence's positions, shape (1, positions); None where none were wanted.
+        long: distributions at the positions of each long sequence, shape (positions,).
         greedy: the most likely continuation of each prompt, without the end-of-generation token.
         ended: whether an end-of-generation token came after it.
         software: name and version of what computed it.
@@ -80,7 +79,7 @@ class Reference:
 
     distributions: Distributions
     text_log_probs: np.ndarray
-    long: Distributions | None
+    long: list[Distributions]
     greedy: list[list[int]]
     ended: list[bool]
     software: dict[str, str]
@@ -95,7 +94,9 @@ def load_tokenizer(checkpoint: Path) -> Any:
     """
     transformers = _transformers()
     try:
-        return transformers.AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(
+            checkpoint, config=readable_config(checkpoint), trust_remote_code=False, local_files_only=True
+        )
     except Exception as error:  # transformers raises many kinds
         raise CheckpointError(
             f"transformers cannot read the tokenizer of {checkpoint.name}: {_one_line(error)}"
@@ -153,7 +154,7 @@ def reference_pass(checkpoint: Path, wanted: Wanted, stages: Stages = silent) ->
     return Reference(
         distributions=open_kept(kept),
         text_log_probs=np.load(kept / "text_log_probs.npy"),
-        long=open_kept(kept / "long") if wanted.positions else None,
+        long=[open_kept(kept / f"long-{n}")[0] for n in range(len(wanted.long))],
         greedy=notes["greedy"],
         ended=notes["ended"],
         software=notes["software"],
@@ -178,13 +179,14 @@ def _run(checkpoint: Path, wanted: Wanted, work: Path, stages: Stages) -> None:
                 text_log_probs[i] = log_probs.gather(1, ids[wanted.first + 1 :, None])[:, 0].numpy()
                 keeper.add(log_probs.numpy())
                 advance(1)
-        if wanted.positions:
-            (work / "long").mkdir()
+        for n, (tokens, positions) in enumerate(wanted.long):
+            folder = work / f"long-{n}"
+            folder.mkdir()
             with (
-                Keeper(work / "long", (1, len(wanted.positions)), vocabulary) as keeper,
-                stages("reference, long", None),
+                Keeper(folder, (1, len(positions)), vocabulary) as keeper,
+                stages(f"reference, {len(tokens)} tokens", None),
             ):
-                ids, rows = torch.from_numpy(wanted.long), torch.tensor(wanted.positions)
+                ids, rows = torch.from_numpy(tokens), torch.tensor(positions)
                 logits = model(ids[None], use_cache=False, logits_to_keep=rows).logits[0]
                 keeper.add(torch.log_softmax(logits, -1).numpy())
         answers = []
@@ -224,7 +226,8 @@ def _load(checkpoint: Path) -> Any:
     local = {"trust_remote_code": False, "local_files_only": True}
     if not _is_prequantized(checkpoint):
         load = transformers.AutoModelForCausalLM.from_pretrained
-        return load(checkpoint, dtype=torch.float32, use_safetensors=True, **local)
+        config = readable_config(checkpoint)
+        return load(checkpoint, config=config, dtype=torch.float32, use_safetensors=True, **local)
     with open_checkpoint(checkpoint) as stored:
         spec = parse_config(stored.config, stored.generation_config, stored.name)
         stored.check(spec)
@@ -257,11 +260,13 @@ def _greedy(model: Any, prompt: list[int], max_tokens: int, stop: Iterable[int])
 def _key(checkpoint: Path, wanted: Wanted) -> str:
     """Names a pass by all that it depends on."""
     digest = hashlib.sha256()
-    parts = (wanted.chunks.shape, wanted.first, wanted.prompts, wanted.greedy_tokens, wanted.positions)
+    long = [(len(ids), positions) for ids, positions in wanted.long]
+    parts = (wanted.chunks.shape, wanted.first, wanted.prompts, wanted.greedy_tokens, long)
     for part in (_FORMAT, TOP, DRAWN, _transformers().__version__, *parts, eos_ids(checkpoint)):
         digest.update(repr(part).encode() + b"\0")
     digest.update(wanted.chunks.tobytes())
-    digest.update(wanted.long.tobytes())
+    for ids, _ in wanted.long:
+        digest.update(ids.tobytes())
     digest.update(fingerprint(checkpoint).encode())
     return digest.hexdigest()[:32]
 

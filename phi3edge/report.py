@@ -131,6 +131,7 @@ class Band(_Part):
     Attributes:
         first: the first position scored, from 0.
         last: the last one.
+        tokens: of the sequence: with LongRoPE the rotation of all positions depends on it.
         allocated: tokens of KV cache that the runtime was opened with: some choose their rotation by it.
         kl: KL(reference || artifact), mean.
         top1: share of the same most likely token.
@@ -138,6 +139,7 @@ class Band(_Part):
 
     first: int
     last: int
+    tokens: int
     allocated: int
     kl: Metric
     top1: float
@@ -353,11 +355,12 @@ def _positions_table(report: Report) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("positions", "context", "KL, mean", "±", "same most likely token"):
+    for name in ("positions", "of", "context", "KL, mean", "±", "same most likely token"):
         table.add_column(name, justify="right")
     for band in report.positions:
         table.add_row(
             f"{band.first} to {band.last}",
+            str(band.tokens),
             str(band.allocated),
             show_value(band.kl.value, "nats"),
             show_value(band.kl.standard_error, "nats") if band.kl.standard_error is not None else "",

@@ -155,18 +155,19 @@ class Scores:
         ]
 
 
-def band(positions: range, allocated: int, reference: Distributions, log_probs: np.ndarray) -> Band:
+def band(positions: range, tokens: int, allocated: int, reference: Distributions, log_probs: np.ndarray) -> Band:
     """Figures of neighbouring positions.
 
     Args:
         positions: them.
+        tokens: of the sequence.
         allocated: tokens of KV cache the runtime was opened with.
         reference: the reference's distributions there, rows as many.
         log_probs: the artifact's log-probabilities there, float32, shape (rows, vocabulary).
     """
     kl, _ = reference.kl(log_probs)
     top1 = float((log_probs.argmax(-1) == reference.top1).mean())
-    return Band(first=positions[0], last=positions[-1], allocated=allocated, kl=mean_of([kl]), top1=top1)
+    return Band(first=positions[0], last=positions[-1], tokens=tokens, allocated=allocated, kl=mean_of([kl]), top1=top1)
 
 
 def mean_of(values: Sequence[np.ndarray]) -> Metric:

@@ -63,10 +63,27 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary position embedding: `dim` leading channels of each head are rotated, base `theta`, no scaling."""
+    """Rotary position embedding of the `dim` leading channels of each head, base `theta`.
+
+    With LongRoPE (arXiv 2402.13753) the wavelength of each pair of channels is stretched by a factor, one list for
+    sequences up to the original context and one for longer ones, and both cosine and sine are scaled.
+
+    Attributes:
+        short_factors: dim / 2 of them; None for a plain rotary embedding.
+        long_factors: the same for sequences longer than the original context.
+        attention_factor: what cosine and sine are multiplied by.
+    """
 
     theta: float
     dim: int
+    short_factors: tuple[float, ...] | None = None
+    long_factors: tuple[float, ...] | None = None
+    attention_factor: float = 1.0
+
+    @property
+    def by_length(self) -> bool:
+        """Whether longer sequences are rotated by other factors."""
+        return self.short_factors is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from phi3edge.files import sha256
 from phi3edge.gates import Gates, Limit, check_gates, judge, require_baseline
 from phi3edge.metrics import Metric
 from phi3edge.parity import QUESTIONS, check_tokens, compare_answer, prompt_ids
-from phi3edge.positions import allocations, bands
+from phi3edge.positions import Probe, allocations, probes
 from phi3edge.progress import Stages, silent
 from phi3edge.reference import Reference, Wanted, eos_ids, load_tokenizer, reference_pass, vocabulary_size
 from phi3edge.report import Answer, Band, Checkpoint, Environment, File, Protocol, Report, TextInfo, baseline
@@ -135,6 +135,7 @@ def validate(
     name: str | None = None,
     source: Source | None = None,
     spec: ModelSpec | None = None,
+    positions: bool = True,
     not_run: Sequence[str] = (),
     keep: Path | None = None,
     others: Sequence[Other] = (),
@@ -158,7 +159,8 @@ def validate(
         timeout: seconds that one answer of the runtime may take.
         name: the checkpoint's name for the report; None for its folder's.
         source: where the checkpoint came from, for the report.
-        spec: the checkpoint's, for the positions where long contexts break; None to score none.
+        spec: the checkpoint's, which says where long contexts break; None if its family is not known.
+        positions: score there, if the context reaches such places.
         not_run: what the figures do not show, for the report.
         keep: folder to keep the artifact's own distributions in, for another validation's `others`.
         others: distributions of other artifacts on the same text and windows.
@@ -191,9 +193,15 @@ def validate(
             refuse_overlap(calibration, ids, text.name)
     size = vocabulary_size(checkpoint)
     prompts = [prompt_ids(tokenizer, question) for question in QUESTIONS]
-    places = bands(spec, context) if spec else []
-    long = cut(all_ids, 1, context, context, text.name)[0] if places else np.empty(0, np.int64)
-    wanted = Wanted(ids, windows.first, prompts, GREEDY_TOKENS, long, [p for place in places for p in place])
+    long = probes(spec, context) if spec and positions else []
+    if long and len(all_ids) < context:
+        raise UsageError(
+            f"the text {text.name} has {len(all_ids)} tokens; scoring the positions where long contexts break needs "
+            f"{context}",
+            "give a longer text, or --no-positions",
+        )
+    sequences = [(np.array(all_ids[: p.tokens], np.int64), [n for band in p.bands for n in band]) for p in long]
+    wanted = Wanted(ids, windows.first, prompts, GREEDY_TOKENS, sequences)
     options = {"kv_type": kv_type, "threads": threads, "timeout": timeout}
 
     with stages("run", None), runtime.open(artifact, context=_room(context), **options) as runner:
@@ -209,17 +217,21 @@ def validate(
         answers = [runner.generate(prompt, GREEDY_TOKENS) for prompt in prompts]
 
     reference = reference_pass(checkpoint, wanted, stages)
-    with runtime.open(artifact, context=_room(windows.tokens), plain=True, **options) as runner:
+    by_context = spec is not None and spec.rope.by_length and context > spec.original_context_length
+    # where a runtime may choose the rotation by its context, it is scored with the one that an app opens it with
+    room = _room(context if by_context else windows.tokens)
+    with runtime.open(artifact, context=room, plain=True, **options) as runner:
         stops = [
             not runner.generate([*prompt, *answer], 1) if ended else None
             for prompt, answer, ended in zip(prompts, reference.greedy, reference.ended, strict=True)
         ]
         scores, pairs = _score(runner, ids, windows.first, reference, keep, others, stages)
-    positions: list[Band] = []
-    if reference.long is not None and spec is not None:
-        for allocated in allocations(spec, context):
-            with runtime.open(artifact, context=allocated, plain=True, **options) as runner:
-                positions += _long(runner, long[:allocated], places, allocated, reference.long, stages)
+    found: list[Band] = []
+    for allocated in allocations(spec, context) if spec and long else ():
+        with runtime.open(artifact, context=allocated, plain=True, **options) as runner:
+            for probe, (sequence, _), theirs in zip(long, sequences, reference.long, strict=True):
+                if probe.tokens <= allocated:
+                    found += _long(runner, sequence, probe, allocated, theirs, stages)
 
     compared = [
         compare_answer(tokenizer, question, theirs, ours, ended, stop)
@@ -238,8 +250,8 @@ def validate(
         "bytes": Metric(value=sum(f.bytes for f in files)),
         "reference_bytes": Metric(value=sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))),
     }
-    if positions:
-        metrics["kl_positions"] = max((b.kl for b in positions), key=lambda m: np.nan_to_num(m.value, nan=np.inf))
+    if found:
+        metrics["kl_positions"] = max((b.kl for b in found), key=lambda m: np.nan_to_num(m.value, nan=np.inf))
     if memory is not None:
         metrics["peak_memory_bytes"] = Metric(value=memory)
     if predicted_kl is not None:
@@ -276,7 +288,7 @@ def validate(
         gates=judged,
         tokens=tokens,
         answers=compared,
-        positions=positions,
+        positions=found,
         histogram=scores.histogram(),
         worst=scores.worst(ids, tokenizer.decode),
         environment=environment,
@@ -331,31 +343,24 @@ def _score(
 
 
 def _long(
-    runner: Runner,
-    ids: np.ndarray,
-    places: Sequence[range],
-    allocated: int,
-    reference: Distributions,
-    stages: Stages,
+    runner: Runner, ids: np.ndarray, probe: Probe, allocated: int, reference: Distributions, stages: Stages
 ) -> list[Band]:
-    """Scores the bands of one long sequence that end within `ids`."""
-    inside = [place for place in places if place[-1] < len(ids)]
-    found: dict[range, list[np.ndarray]] = {place: [] for place in inside}
-    with stages(f"score, long ({allocated})", len(ids)) as advance:
-        position = inside[0][0]
+    """Scores the bands of one long sequence."""
+    found: dict[range, list[np.ndarray]] = {place: [] for place in probe.bands}
+    with stages(f"score, {probe.tokens} tokens in {allocated}", len(ids)) as advance:
+        position = probe.bands[0][0]
         advance(position)
-        for logits in runner.logits_blocks(ids[: inside[-1][-1] + 1], position):
-            for place in inside:
+        for logits in runner.logits_blocks(ids, position):
+            for place in probe.bands:
                 rows = range(max(place[0], position), min(place[-1] + 1, position + len(logits)))
                 if rows:
                     found[place].append(log_softmax(logits[rows[0] - position : rows[-1] + 1 - position]))
             position += len(logits)
             advance(len(logits))
-    ends = np.cumsum([0, *(len(place) for place in places)])
+    ends = np.cumsum([0, *map(len, probe.bands)])
     return [
-        band(place, allocated, reference[0, ends[n] : ends[n + 1]], np.concatenate(found[place]))
-        for n, place in enumerate(places)
-        if place in found
+        band(place, probe.tokens, allocated, reference[ends[n] : ends[n + 1]], np.concatenate(found[place]))
+        for n, place in enumerate(probe.bands)
     ]
 
 

@@ -77,11 +77,10 @@ def test_transformers_5_style_rope_is_read():
 @pytest.mark.parametrize(
     "change",
     [
-        {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}},
-        {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"type": "default", "short_factor": [1.0]}},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mscale": 1.2}},
-        {"partial_rotary_factor": 0.75},
         {"hidden_act": "gelu"},
         {"attention_bias": True},
         {"lm_head_bias": True},

@@ -6,7 +6,7 @@ import pytest
 from _models import GROUPED, phi3_config
 
 from phi3edge.families import parse_config
-from phi3edge.positions import allocations, bands
+from phi3edge.positions import Probe, allocations, probes
 
 
 @pytest.fixture(scope="module")
@@ -14,21 +14,25 @@ def spec():
     return parse_config(phi3_config(GROUPED), None, "tiny")
 
 
-def test_a_model_without_boundaries_has_no_bands(spec) -> None:
-    assert bands(replace(spec, sliding_window=None), 4096) == []
+def test_a_model_without_boundaries_has_no_probes(spec) -> None:
+    assert probes(replace(spec, sliding_window=None), 4096) == []
 
 
 def test_both_sides_of_a_sliding_window_and_the_end(spec) -> None:
     windowed = replace(spec, sliding_window=2047, context_length=4096, original_context_length=4096)
-    assert bands(windowed, 4096) == [range(2031, 2047), range(2047, 2063), range(4079, 4095)]
-    assert bands(windowed, 2048) == []
-    assert bands(windowed, 2070) == [range(2031, 2047), range(2047, 2063)]
+    assert probes(windowed, 4096) == [Probe(4096, (range(2031, 2047), range(2047, 2063), range(4079, 4095)))]
+    assert probes(windowed, 2048) == []
+    assert probes(windowed, 2070) == [Probe(2070, (range(2031, 2047), range(2047, 2063)))]
     assert allocations(windowed, 4096) == [4096]
 
 
-def test_both_sides_of_the_length_where_rotations_change(spec) -> None:
-    long = replace(spec, sliding_window=None, context_length=131072, original_context_length=4096)
-    assert bands(long, 8192) == [range(4080, 4096), range(4096, 4112), range(8175, 8191)]
+def test_a_sequence_on_each_side_of_the_length_where_rotations_change(spec) -> None:
+    rope = replace(spec.rope, short_factors=(1.0,), long_factors=(2.0,))
+    long = replace(spec, sliding_window=262144, context_length=131072, original_context_length=4096, rope=rope)
+    assert probes(long, 8192) == [
+        Probe(4096, (range(4080, 4096),)),
+        Probe(8192, (range(4096, 4112), range(8175, 8191))),
+    ]
     assert allocations(long, 8192) == [4096, 8192]
     assert allocations(long, 4096) == [4096]
-    assert bands(long, 4096) == []
+    assert probes(long, 4096) == []

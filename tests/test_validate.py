@@ -205,15 +205,15 @@ def test_the_reference_pass_is_kept_and_bound_to_its_checkpoint(
 ) -> None:
     tokenizer = reference.load_tokenizer(checkpoint)
     ids = np.array(tokenizer(TEXT.text)["input_ids"][:128]).reshape(2, 64)
-    wanted = Wanted(ids, 32, [[1, 2, 3]], 4, ids[0], [5, 6, 40])
+    wanted = Wanted(ids, 32, [[1, 2, 3]], 4, [(ids[0], [5, 6, 40])])
     first = reference.reference_pass(checkpoint, wanted)
     monkeypatch.setattr(reference, "_run", lambda *_: pytest.fail("ran again"))
     again = reference.reference_pass(checkpoint, wanted)
     assert again.greedy == first.greedy
     np.testing.assert_array_equal(again.distributions.tokens, first.distributions.tokens)
     assert first.distributions.tokens.shape == (2, 31, 256)
-    assert first.long.tokens.shape == (1, 3, 256)
-    np.testing.assert_array_equal(first.long.top1[0, 2], first.distributions.top1[0, 8])  # position 40 of one text
+    assert first.long[0].tokens.shape == (3, 256)
+    np.testing.assert_array_equal(first.long[0].top1[2], first.distributions.top1[0, 8])  # position 40 of one text
     config = checkpoint / "config.json"
     before = reference._key(checkpoint, wanted)
     for change in (
@@ -221,8 +221,9 @@ def test_the_reference_pass_is_kept_and_bound_to_its_checkpoint(
         {"chunks": ids.reshape(1, -1)},
         {"first": 31},
         {"greedy_tokens": 5},
-        {"long": ids[1]},
-        {"positions": [5, 6]},
+        {"long": [(ids[1], [5, 6, 40])]},
+        {"long": [(ids[0], [5, 6])]},
+        {"long": []},
     ):
         assert before != reference._key(checkpoint, replace(wanted, **change))
     old = config.read_text()
@@ -240,7 +241,7 @@ def test_another_models_weights_are_another_pass_even_with_the_same_size_and_tim
         folder = write_model(tmp_path / str(seed), GROUPED, seed=seed)
         for shard in folder.glob("*.safetensors"):
             os.utime(shard, (0, 0))
-        keys.add(reference._key(folder, Wanted(np.zeros((1, 8), np.int64), 4, [[1]], 2, np.empty(0, np.int64), [])))
+        keys.add(reference._key(folder, Wanted(np.zeros((1, 8), np.int64), 4, [[1]], 2, [])))
     assert len(keys) == 2
 
 
@@ -314,7 +315,7 @@ def test_it_stops_where_the_reference_stops(checkpoint: Path, folder: Path, tmp_
     said = run(artifact, checkpoint)
     assert "stop_agreement" not in said.metrics or said.metrics["stop_agreement"].value == 1
     tokenizer = reference.load_tokenizer(checkpoint)
-    wanted = Wanted(np.ones((1, 8), np.int64), 4, [[1, 2, 3]], 12, np.empty(0, np.int64), [])
+    wanted = Wanted(np.ones((1, 8), np.int64), 4, [[1, 2, 3]], 12, [])
     token = reference.reference_pass(checkpoint, wanted).greedy[0][-1]
     ending = write_model(tmp_path / "ending", GROUPED, eos_token_id=[0, token])
     found = reference.reference_pass(ending, wanted)

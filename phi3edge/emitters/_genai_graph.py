@@ -74,12 +74,12 @@ def build_graph(spec: ModelSpec, provider: str, io_dtype: str) -> tuple[ir.Model
         import transformers
 
         with _later_classes(transformers):
-            from onnxruntime_genai.models.builders.phi import Phi3MiniModel
+            from onnxruntime_genai.models.builders.phi import Phi3MiniLongRoPEModel, Phi3MiniModel
     except ImportError:
         raise MissingExtraError("writing ONNX Runtime GenAI folders", "onnx") from None
     config = _config(spec, transformers)
 
-    class Builder(Phi3MiniModel):
+    class Builder(Phi3MiniLongRoPEModel if spec.rope.by_length else Phi3MiniModel):
         """The builder on a model without weights."""
 
         def load_weights(self, input_path: str) -> Any:
@@ -162,12 +162,31 @@ def _config(spec: ModelSpec, transformers: Any) -> Any:
         pad_token_id=spec.pad_token_id,
     )
     config.rope_theta = spec.rope.theta  # transformers 4; 5 keeps it in rope_parameters
-    config.rope_parameters = {"rope_type": "default", "rope_theta": spec.rope.theta}
+    config.partial_rotary_factor = spec.rope.dim / spec.head_dim
+    config.rope_parameters = _rope_parameters(spec)
     if getattr(config, "rope_scaling", config.rope_parameters) is None:  # transformers 4; the builder reads both
         config.rope_scaling = config.rope_parameters
     config.architectures = ["Phi3ForCausalLM"]
     config._name_or_path = ""
     return config
+
+
+def _rope_parameters(spec: ModelSpec) -> dict[str, Any]:
+    """The rotary embedding as the builder reads it; its own attention factor would be that of a plain formula."""
+    rope = spec.rope
+    shared = {"rope_theta": rope.theta, "partial_rotary_factor": rope.dim / spec.head_dim}
+    if rope.short_factors is None or rope.long_factors is None:
+        return {"rope_type": "default", **shared}
+    return {
+        "rope_type": "longrope",
+        "type": "longrope",
+        **shared,
+        "original_max_position_embeddings": spec.original_context_length,
+        "short_factor": list(rope.short_factors),
+        "long_factor": list(rope.long_factors),
+        "short_mscale": rope.attention_factor,
+        "long_mscale": rope.attention_factor,
+    }
 
 
 def _is_promise(value: ir.Value) -> bool:

@@ -22,6 +22,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from phi3edge.codecs import codec, is_float
 from phi3edge.emitters import Job, Stream, WrittenFile
 from phi3edge.emitters._partial_file import PartialFile, next_tensor
@@ -91,10 +93,12 @@ class Emitter:
             job.checkpoint.source,
             self._vocabulary,
             file_type=self._file_type,
+            context_length=written_context(job.plan.model, job.context),
             generation_config=job.checkpoint.generation_config,
         )
         headers = _headers(job.plan, shared, _shards(job.plan, shared, job.split_max_size))
-        return sum(map(len, headers)) + sum(_padded(t.bytes) for t in job.plan.tensors)
+        tensors = sum(_padded(t.bytes) for t in job.plan.tensors)
+        return sum(map(len, headers)) + tensors + _constant_bytes(job.plan.model)
 
     @property
     def _file_type(self) -> int | None:
@@ -112,6 +116,7 @@ class Emitter:
             folder,
             job.name,
             file_type=self._file_type,
+            context_length=written_context(job.plan.model, job.context),
             generation_config=job.checkpoint.generation_config,
             split_max_size=job.split_max_size,
             on_bytes=on_bytes,
@@ -176,6 +181,9 @@ def write(
         for shard, header, file_name in zip(shards, _headers(plan, shared, shards), names, strict=True):
             file = stack.enter_context(PartialFile(folder / file_name))
             file.write(header)
+            for _, data in constants(plan.model) if not files else ():
+                file.write(data)
+                file.write(bytes(_padded(len(data)) - len(data)))
             for expected in shard:
                 _write_tensor(file, expected, tensors, on_bytes)
             file.close()
@@ -232,6 +240,8 @@ def metadata(
     }
     if file_type is not None:
         pairs["general.file_type"] = (u32, file_type)
+    if spec.rope.by_length:
+        pairs[f"{ARCHITECTURE}.rope.scaling.attn_factor"] = (f32, spec.rope.attention_factor)
     pairs[f"{ARCHITECTURE}.attention.sliding_window"] = (u32, spec.sliding_window or 0)
     if any(not is_float(t.codec) for t in plan.tensors):
         pairs["general.quantization_version"] = (u32, QUANTIZATION_VERSION)
@@ -258,6 +268,22 @@ def metadata(
     if vocabulary.chat_template is not None:
         pairs["tokenizer.chat_template"] = (text, vocabulary.chat_template)
     return pairs
+
+
+def constants(spec: ModelSpec) -> list[tuple[str, bytes]]:
+    """Tensors that are no weights: LongRoPE's factors, float32, shape (rotated channels / 2,)."""
+    rope = spec.rope
+    lists = (("rope_factors_long", rope.long_factors), ("rope_factors_short", rope.short_factors))
+    return [(f"{name}.weight", np.array(factors, "<f4").tobytes()) for name, factors in lists if factors is not None]
+
+
+def written_context(spec: ModelSpec, context: int) -> int | None:
+    """The context length to write for an artifact that shall hold `context` tokens; None for the checkpoint's.
+
+    llama.cpp takes LongRoPE's factors once, by the size of the context that it is opened with, which by default is the
+    one written here: for a target within the original context that is what is written.
+    """
+    return spec.original_context_length if spec.rope.by_length and context <= spec.original_context_length else None
 
 
 def notes(spec: ModelSpec, vocabulary: Vocabulary) -> list[str]:
@@ -409,8 +435,10 @@ def _shards(plan: QuantPlan, shared: Metadata, limit: int | None) -> list[list[T
     """The plan's tensors by file, in order, each file filled as far as its limit allows."""
     if limit is None:
         return [list(plan.tensors)]
+    extra = constants(plan.model)
     room = [
-        limit - len(_header(pairs, plan.tensors)) for pairs in (shared | _split_keys(0, 2, 0), _split_keys(0, 2, 0))
+        limit - len(_header(shared | _split_keys(0, 2, 0), plan.tensors, extra)) - _constant_bytes(plan.model),
+        limit - len(_header(_split_keys(0, 2, 0), plan.tensors)),
     ]
     largest = max(plan.tensors, key=lambda t: t.bytes)
     if _padded(largest.bytes) > min(room):
@@ -430,17 +458,22 @@ def _shards(plan: QuantPlan, shared: Metadata, limit: int | None) -> list[list[T
 
 
 def _headers(plan: QuantPlan, shared: Metadata, shards: list[list[TensorPlan]]) -> list[bytes]:
-    """Each file's header; the shared pairs are in the first."""
-    return [
-        _header((shared if number == 0 else {}) | _split_keys(number, len(shards), len(plan.tensors)), shard)
-        for number, shard in enumerate(shards)
-    ]
+    """Each file's header; the shared pairs and the constants are in the first."""
+    extra = constants(plan.model)
+    count = len(plan.tensors) + len(extra)
+    rest = [_header(_split_keys(n, len(shards), count), shard) for n, shard in enumerate(shards) if n]
+    return [_header(shared | _split_keys(0, len(shards), count), shards[0], extra), *rest]
 
 
-def _header(pairs: Metadata, tensors: Sequence[TensorPlan]) -> bytes:
+def _header(pairs: Metadata, tensors: Sequence[TensorPlan], extra: Sequence[tuple[str, bytes]] = ()) -> bytes:
     header = io.BytesIO()
-    write_header(header, pairs, [_record(t) for t in tensors])
+    records = [(name, codec("f32").GGML_TYPE, (len(data) // 4,), len(data)) for name, data in extra]
+    write_header(header, pairs, [*records, *(_record(t) for t in tensors)])
     return header.getvalue()
+
+
+def _constant_bytes(spec: ModelSpec) -> int:
+    return sum(_padded(len(data)) for _, data in constants(spec))
 
 
 def _padded(size: int) -> int:

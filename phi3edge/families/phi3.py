@@ -1,4 +1,4 @@
-"""Phi-3: `Phi3ForCausalLM` (mini-4k and its shape: plain rotary embedding, any number of KV heads).
+"""Phi-3: `Phi3ForCausalLM`: mini, medium, 3.5-mini, phi-4 and phi-4-mini, plain rotary embedding or LongRoPE.
 
 Every key of config.json is either used here, or checked to have the one value that phi3edge computes with, or known
 not to change the function. Anything else is refused: a key that is silently ignored is a model that is silently wrong.
@@ -6,6 +6,7 @@ not to change the function. Anything else is refused: a key that is silently ign
 Sources: transformers' models/phi3/configuration_phi3.py and modeling_phi3.py, and the checkpoints' own config.json.
 """
 
+import math
 from typing import Any
 
 from phi3edge.errors import CheckpointError, UnsupportedError
@@ -48,8 +49,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None),
     "lm_head_bias": (False, None),
     "hidden_act": ("silu",),
-    "rope_scaling": (None,),
-    "partial_rotary_factor": (1.0, 1, None),
     "full_attn_mod": (1, None),
     "interpolate_factor": (1, None),
     "layer_types": (None,),
@@ -64,8 +63,10 @@ USED = {
     "num_hidden_layers",
     "num_key_value_heads",
     "original_max_position_embeddings",
+    "partial_rotary_factor",
     "rms_norm_eps",
     "rope_parameters",
+    "rope_scaling",
     "rope_theta",
     "sliding_window",
     "tie_word_embeddings",
@@ -74,6 +75,11 @@ USED = {
     "vocab_size",
     "head_dim",
 }
+LONGROPE = ("longrope", "su")
+"""Names of LongRoPE: the second is that of the first checkpoints."""
+
+ROPE_KEYS = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+LONGROPE_KEYS = {"short_factor", "long_factor", "attention_factor"}
 DTYPES = ("bfloat16", "float16", "float32")
 MOST_LAYERS = 1000  # a plan lists every tensor; the largest models have a tenth of it
 
@@ -108,9 +114,8 @@ def parse(config: JSON, generation_config: JSON | None, name: str) -> ModelSpec:
         raise UnsupportedError(
             f"config.json: head_dim is {config['head_dim']}; supported: hidden_size / num_attention_heads = {head_dim}"
         )
-    if head_dim % 2:
-        raise CheckpointError(f"config.json: a head has {head_dim} channels; rotary embedding needs an even number")
     context = _positive(config, "max_position_embeddings")
+    original = _positive(config, "original_max_position_embeddings", default=context)
     window = config.get("sliding_window")
     if window is not None and (not _is_int(window) or window <= 0):
         raise CheckpointError(f"config.json: sliding_window is {window!r}; expected a positive integer or null")
@@ -136,9 +141,9 @@ def parse(config: JSON, generation_config: JSON | None, name: str) -> ModelSpec:
         head_dim=head_dim,
         vocab_size=vocab,
         context_length=context,
-        original_context_length=_positive(config, "original_max_position_embeddings", default=context),
+        original_context_length=original,
         sliding_window=window,
-        rope=Rope(theta=_rope_theta(config), dim=head_dim),
+        rope=_rope(config, head_dim, context, original),
         norm_eps=_number(config, "rms_norm_eps", 1e-5),
         activation="silu",
         tied=tied,
@@ -186,29 +191,54 @@ def _tensors(layers: int, hidden: int, intermediate: int, q: int, kv: int, vocab
     return tensors
 
 
-def _rope_theta(config: JSON) -> float:
-    """Theta from the original style (rope_theta) or transformers 5's (rope_parameters); any scaling is refused."""
-    parameters = config.get("rope_parameters")
-    if parameters is None:
-        return _number(config, "rope_theta", 10000.0)
-    if not isinstance(parameters, dict):
-        raise CheckpointError(f"config.json: rope_parameters is {_short(parameters)}; expected an object")
-    kind = parameters.get("rope_type", "default")
-    if kind != "default":
-        raise UnsupportedError(
-            f"config.json: rope_parameters.rope_type is {kind!r}; family phi3 computes 'default' only"
-        )
-    if parameters.get("partial_rotary_factor", 1.0) not in (1.0, None):
-        raise UnsupportedError(
-            f"config.json: rope_parameters.partial_rotary_factor is {parameters['partial_rotary_factor']}; expected 1.0"
-        )
-    unknown = set(parameters) - {"rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
-    if unknown:
-        raise UnsupportedError(f"config.json: unknown key {sorted(unknown)[0]!r} in rope_parameters")
-    theta = _number(parameters, "rope_theta", _number(config, "rope_theta", 10000.0))
+def _rope(config: JSON, head_dim: int, context: int, original: int) -> Rope:
+    """The rotary embedding, from the original style (rope_theta, rope_scaling) or transformers 5's (rope_parameters).
+
+    LongRoPE's attention factor is Microsoft's sqrt(1 + ln(context / original) / ln(original)), 1 where the context is
+    not longer (modeling_phi3.py, Phi3LongRoPEScaledRotaryEmbedding).
+    """
+    scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
+    for key, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+        if value is not None and not isinstance(value, dict):
+            raise CheckpointError(f"config.json: {key} is {_short(value)}; expected an object")
+    merged = {**(parameters or {}), **(scaling or {})}
+    kind = merged.get("rope_type") or merged.get("type") or "default"
+    where = "rope_scaling" if scaling else "rope_parameters"
+    if kind not in ("default", *LONGROPE):
+        known = ", ".join(("default", *LONGROPE))
+        raise UnsupportedError(f"config.json: {where} is of type {_short(kind)}; family phi3 computes {known}")
+    if unknown := sorted(set(merged) - ROPE_KEYS - (LONGROPE_KEYS if kind in LONGROPE else set())):
+        raise UnsupportedError(f"config.json: unknown key {unknown[0]!r} in {where}")
+    theta = _number(merged, "rope_theta", _number(config, "rope_theta", 10000.0))
     if "rope_theta" in config and config["rope_theta"] != theta:
         raise CheckpointError(f"config.json: rope_theta is {config['rope_theta']}, but rope_parameters says {theta}")
-    return theta
+    share = _number(merged, "partial_rotary_factor", _number(config, "partial_rotary_factor", 1.0))
+    dim = int(head_dim * share)
+    if share > 1 or dim % 2 or dim == 0:
+        raise CheckpointError(
+            f"config.json: {share:g} of a head's {head_dim} channels are rotated; expected an even number of them"
+        )
+    inner = merged.get("original_max_position_embeddings")
+    if inner not in (None, original):
+        raise CheckpointError(f"config.json: original_max_position_embeddings is {original}, but {inner} in {where}")
+    if kind not in LONGROPE:
+        return Rope(theta, dim)
+    factor = math.sqrt(1 + math.log(context / original) / math.log(original)) if context > original else 1.0
+    given = merged.get("attention_factor")
+    return Rope(
+        theta,
+        dim,
+        short_factors=_factors(merged, "short_factor", dim),
+        long_factors=_factors(merged, "long_factor", dim),
+        attention_factor=factor if given is None else _number(merged, "attention_factor", factor),
+    )
+
+
+def _factors(parameters: JSON, key: str, dim: int) -> tuple[float, ...]:
+    values = parameters.get(key)
+    if not isinstance(values, list) or len(values) != dim // 2:
+        raise CheckpointError(f"config.json: {key} is {_short(values)}; expected a list of {dim // 2} numbers")
+    return tuple(_number({key: value}, key, math.nan) for value in values)
 
 
 def _eos_ids(config_ids: Any, generation_ids: Any, vocab: int) -> tuple[int, ...]:
