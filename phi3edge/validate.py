@@ -16,12 +16,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from phi3edge import registry
 from phi3edge.calibration import CalibrationText, refuse_overlap
 from phi3edge.distributions import DRAWN, TOP, Distributions, Keeper, log_softmax
 from phi3edge.errors import RunnerError, UsageError
@@ -33,7 +31,7 @@ from phi3edge.positions import Probe, allocations, probes
 from phi3edge.progress import Stages, silent
 from phi3edge.reference import Reference, Wanted, eos_ids, load_tokenizer, reference_pass, vocabulary_size
 from phi3edge.report import Answer, Band, Checkpoint, Environment, File, Protocol, Report, TextInfo, baseline
-from phi3edge.runners import Runner
+from phi3edge.runners import Runner, runner_for
 from phi3edge.scores import Scores, band, mean_of
 from phi3edge.text import Text, cut, default_text
 from phi3edge.types import ModelSpec, Source
@@ -102,22 +100,6 @@ class Pair:
     other: str
     kl: Metric
     top1: Metric
-
-
-def runner_for(artifact: Path) -> ModuleType:
-    """The runner whose runtime executes such an artifact.
-
-    Raises:
-        UsageError: none does.
-    """
-    for name in registry.names("runners"):
-        module = registry.load("runners", name)
-        if module.accepts(artifact):
-            return module
-    raise UsageError(
-        f"no runtime here runs {artifact.name}",
-        f"runtimes: {', '.join(registry.names('runners'))}; a .gguf file, say, or a folder with genai_config.json",
-    )
 
 
 def validate(

@@ -79,7 +79,9 @@ def build_graph(spec: ModelSpec, provider: str, io_dtype: str) -> tuple[ir.Model
         raise MissingExtraError("writing ONNX Runtime GenAI folders", "onnx") from None
     config = _config(spec, transformers)
 
-    class Builder(Phi3MiniLongRoPEModel if spec.rope.by_length else Phi3MiniModel):
+    base: Any = Phi3MiniLongRoPEModel if spec.rope.by_length else Phi3MiniModel
+
+    class Builder(base):
         """The builder on a model without weights."""
 
         def load_weights(self, input_path: str) -> Any:

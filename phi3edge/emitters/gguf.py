@@ -177,7 +177,7 @@ def write(
     names = _file_names(name, len(shards))
     tensors = iter(stream)
     with ExitStack() as stack:
-        files = []
+        files: list[PartialFile] = []
         for shard, header, file_name in zip(shards, _headers(plan, shared, shards), names, strict=True):
             file = stack.enter_context(PartialFile(folder / file_name))
             file.write(header)
