@@ -46,7 +46,7 @@ LINES = 64
 
 
 def check_tokens(runner: Runner, tokenizer: Any, eos: tuple[int, ...], text: str) -> Tokens:
-    """Compares token ids of fixed strings, the checkpoint's own special tokens, lines of a text, and a rendered chat."""
+    """Compares token ids of fixed strings, of special tokens, of lines of a text, and of a rendered chat."""
     specials = sorted(str(token) for token in tokenizer.get_added_vocab())[:32]
     lines = [line for line in text.splitlines() if line.strip()]
     chosen = lines[:: max(len(lines) // LINES, 1)][:LINES]
