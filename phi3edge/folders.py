@@ -12,12 +12,13 @@ from phi3edge.emitters import FILES
 from phi3edge.errors import OutputError
 from phi3edge.types import JSON
 
-REPORT, PAGE, CARD, LAYERS, EVAL = "report.json", "report.html", "README.md", "layers.json", "eval.json"
+REPORT, PAGE, CARD = "report.json", "report.html", "README.md"
+LAYERS, BENCH, EVAL = "layers.json", "bench.json", "eval.json"
 COMPARISON, COMPARISON_PAGE = "comparison.json", "comparison.html"
 CALIBRATION = "calibration.npy"
 """Token ids of the calibration text, int32 (sequences, tokens): what may never be evaluated on."""
 
-_OURS = (manifest.NAME, REPORT, PAGE, CARD, LAYERS, EVAL, CALIBRATION)
+_OURS = (manifest.NAME, REPORT, PAGE, CARD, LAYERS, BENCH, EVAL, CALIBRATION)
 
 
 def artifacts_in(folder: Path) -> list[Path]:

@@ -18,8 +18,6 @@ from phi3edge.targets import Target, load_target
 from phi3edge.types import JSON
 from phi3edge.validate import ALWAYS
 
-BENCH = "bench.json"
-
 
 class _Read(BaseModel):
     """Of a file of another command: the fields shown here, whatever else it holds."""
@@ -297,7 +295,7 @@ def read_entry(name: str, report: Report, folder: Path | None) -> Entry:
         said,
         _target(said.target) if said else None,
         _read(folder / folders.LAYERS, Layers),
-        _read(folder / BENCH, Bench),
+        _read(folder / folders.BENCH, Bench),
         _read(folder / folders.EVAL, Evaluation),
     )
 

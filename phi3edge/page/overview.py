@@ -213,7 +213,10 @@ def figures(entries: Sequence[Entry]) -> Section:
     return section(
         "figures",
         "All figures",
-        tag("p", "± is one standard error. KL is KL(reference || artifact) per token; speeds are of this machine."),
+        tag(
+            "p",
+            "± is one standard error. KL is KL(reference || artifact) per token. Speeds are of the machine it ran on.",
+        ),
         table(
             "Every figure of the validation",
             ["what", *(f">{entry.name if len(entries) > 1 else 'measured'}" for entry in entries)],
