@@ -29,7 +29,7 @@ from phi3edge import folders
 from phi3edge.artifact import Artifact
 from phi3edge.budget_plan import budget_recipe
 from phi3edge.calibration import refuse_overlap
-from phi3edge.codecs import codec_names, holds, row_bytes
+from phi3edge.codecs import holds, row_bytes
 from phi3edge.dequantized import HEAD, Dequantized
 from phi3edge.errors import UnsupportedError
 from phi3edge.files import write_text
@@ -424,7 +424,7 @@ def _row(
     tensors = [t for t in spec.tensors if unit.has(t.role, t.layer) and len(t.shape) == 2]
     stored = [ours[t.name] for t in tensors]
     taken = sum(s.bytes for s in stored)
-    bigger = [_bigger(s.codec, t.shape[-1], ladder) for s, t in zip(stored, tensors, strict=True)]
+    bigger = [_bigger(s.bytes / t.shape[0], t.shape[-1], ladder) for s, t in zip(stored, tensors, strict=True)]
     added = sum(
         t.shape[0] * row_bytes(name, t.shape[-1]) - s.bytes
         for name, s, t in zip(bigger, stored, tensors, strict=True)
@@ -450,10 +450,7 @@ def _ladder(format_: Literal["gguf", "onnx"]) -> list[str]:
     return [*rule.codecs, "f16"]
 
 
-def _bigger(name: str, columns: int, ladder: list[str]) -> str | None:
-    """The codec with the fewest bytes a row above those of one that is taken now."""
-    if name not in codec_names():
-        return None
-    now = row_bytes(name, columns)
+def _bigger(now: float, columns: int, ladder: list[str]) -> str | None:
+    """The codec with the fewest bytes a row above those taken now, which in a peer's file may be other than ours."""
     more = [n for n in ladder if holds(n, columns) and row_bytes(n, columns) > now]
     return min(more, key=lambda n: row_bytes(n, columns), default=None)

@@ -171,6 +171,19 @@ def test_the_next_codec_and_its_bytes(model: Path, tmp_path: Path) -> None:
     assert row.next.kl_saved_per_mb == pytest.approx(row.next.kl_saved / row.next.bytes * 1e6)
 
 
+@pytest.mark.parametrize(
+    ("bits", "ladder", "expected"),
+    [
+        (5.0, ["uint4_b32", "uint4_b16", "int8_b128"], "uint4_b16"),  # 4 bits with float32 scales of 32 weights
+        (4.5, ["q4_k", "q5_k", "q6_k"], "q5_k"),
+        (8.5, ["q8_0", "f16"], "f16"),
+        (32, ["q8_0", "f16"], None),
+    ],
+)
+def test_the_next_codec_is_the_one_with_the_next_more_bytes(bits: float, ladder: list[str], expected: str) -> None:
+    assert layers._bigger(bits * 256 / 8, 256, ladder) == expected
+
+
 def test_chunks_in_batches_give_the_same(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_gguf(model, tmp_path / "q.gguf", GGMLQuantizationType.Q4_0)
     whole = losses(file, model, chunks=3)
