@@ -16,14 +16,17 @@ import pytest
 import torch
 from _genai import write_genai
 from _gguf import write_gguf
-from _models import MHA, write_model
+from _models import MHA, Shape, write_model
+from _tokenizers import PIECES, write_sentencepiece
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from phi3edge import build
 from phi3edge.artifact import find_artifact
 from phi3edge.chat import Chat, Sampling, choose, open_chat
 from phi3edge.cli import chat as command
 from phi3edge.errors import UsageError
 from phi3edge.runners import Runner, llama_cpp, ort_genai
+from phi3edge.targets import Format
 
 GREEDY = Sampling()
 
@@ -225,6 +228,22 @@ def test_detokenizing_is_the_inverse_of_tokenizing(artifact: Path) -> None:
         assert runner.detokenize([1, *ids, 3]) == text  # special tokens are not shown
         assert runner.detokenize([]) == ""
         assert "\ufffd" in runner.detokenize(runner.tokenize("🙂", special=True, bos=False)[:-1])
+
+
+@pytest.mark.parametrize("format_", ["gguf", "onnx"])
+def test_a_sentencepiece_text_is_what_transformers_decodes(tmp_path: Path, format_: Format) -> None:
+    model = write_model(tmp_path / "model", Shape(vocab=PIECES + 20))
+    write_sentencepiece(model)
+    out = build.export(str(model), "cpu", recipe="f32", format_=format_, out=tmp_path / "out", threads=1, force=True)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    with opened(out.artifact) as runner:
+        for text in ("The answer", " two  spaces", "naïve 你好 🙂 end", "\n\nlines", "def f(x):\n    return x"):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            for start in range(len(ids)):
+                shown = runner.detokenize(ids[start:])
+                expected = tokenizer.decode(ids[start:], skip_special_tokens=True)
+                if "\ufffd" not in shown:  # llama.cpp takes off the space that its tokenizer puts before a text
+                    assert shown == (expected.removeprefix(" ") if format_ == "gguf" else expected)
 
 
 def test_ctrl_c_does_not_end_the_runtime(artifact: Path) -> None:
