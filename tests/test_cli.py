@@ -19,7 +19,7 @@ from phi3edge.cli._errors import BUG, guard
 from phi3edge.errors import GateError, UsageError, install_command
 
 HEAVY = ("torch", "transformers", "numba", "onnx", "onnxruntime", "llama_cpp", "huggingface_hub", "sentencepiece")
-HEAVY += ("lm_eval", "datasets", "evaluate", "pandas")
+HEAVY += ("lm_eval", "datasets", "evaluate", "pandas", "vl_convert")
 
 
 def run(*arguments, cwd=None, **environment):

@@ -93,7 +93,8 @@ def layers(entries: Sequence[Entry]) -> Section | None:
             own += [
                 tag(
                     "p",
-                    f"On {entry.layers.chunks} chunks of {entry.layers.text}, where the whole artifact's KL is "
+                    f"On {entry.layers.text}, {entry.layers.chunks} {'chunk' if entry.layers.chunks == 1 else 'chunks'} "
+                    f"of it, where the whole artifact's KL is "
                     f"{show_value(entry.layers.kl, 'nats')} nats.",
                 ),
                 _layer_chart(number, entry.layers),
@@ -127,7 +128,7 @@ def _layer_chart(number: int, found: Layers) -> Html:
             "name": row.name,
             "label": row.name.removeprefix("block ").replace("embedding", "emb"),
             "value": cost,
-            "shown": show_value(cost, "nats"),
+            "shown": f"{cost:.4f}",
         }
         for row, cost in zip(rows, costs, strict=True)
     ]
@@ -139,7 +140,7 @@ def _layer_chart(number: int, found: Layers) -> Html:
                 row.name,
                 ", ".join(row.codecs),
                 size(row.bytes),
-                show_value(cost, "nats"),
+                f"{cost:.4f}",
                 show_value(row.kl_without, "nats"),
                 show_value(row.kl_only, "nats"),
                 _bigger(row),
@@ -150,6 +151,8 @@ def _layer_chart(number: int, found: Layers) -> Html:
     title = "KL that it costs, nats"
     chart = charts.by_layer(values, title) if blocks else charts.by_role(values, title)
     caption = "What each costs: the artifact's KL less its KL with that one back in full precision."
+    if min(costs) < 0:
+        caption += " Below 0, its rounding makes up for another's, or the text is too short to tell."
     return figure(f"layers-{number}", caption, chart, data)
 
 
