@@ -10,7 +10,7 @@ import base64
 import hashlib
 from collections.abc import Mapping
 from functools import cache
-from importlib import resources, util
+from importlib import import_module, resources
 from pathlib import Path
 
 from phi3edge import __version__, folders
@@ -29,8 +29,10 @@ def require_plotting() -> None:
     Raises:
         MissingExtraError: vl-convert is not installed.
     """
-    if util.find_spec("vl_convert") is None:
-        raise MissingExtraError("writing an HTML page", "report")
+    try:
+        import_module("vl_convert")
+    except ImportError:
+        raise MissingExtraError("writing an HTML page", "report") from None
 
 
 def write(folder: Path) -> Path:

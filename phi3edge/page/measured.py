@@ -90,13 +90,10 @@ def layers(entries: Sequence[Entry]) -> Section | None:
     for number, entry in enumerate(entries):
         own: list[Content] = []
         if entry.layers:
+            amount = "1 chunk" if entry.layers.chunks == 1 else f"{entry.layers.chunks} chunks"
+            whole = show_value(entry.layers.kl, "nats")
             own += [
-                tag(
-                    "p",
-                    f"On {entry.layers.text}, {entry.layers.chunks} {'chunk' if entry.layers.chunks == 1 else 'chunks'} "
-                    f"of it, where the whole artifact's KL is "
-                    f"{show_value(entry.layers.kl, 'nats')} nats.",
-                ),
+                tag("p", f"On {amount} of {entry.layers.text}, where the whole artifact's KL is {whole} nats."),
                 _layer_chart(number, entry.layers),
             ]
         linears = entry.manifest.calibration.linears if entry.manifest and entry.manifest.calibration else []
