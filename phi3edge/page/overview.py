@@ -150,15 +150,9 @@ def _gate_cell(entry: Entry, gate: Gate | None) -> Html:
     """A gate's result, figure and limit, in three lines at most."""
     if gate is None:
         return tag("span", "no gate", class_="absent")
-    found = entry.report.metrics.get(gate.name)
-    return join(
-        [
-            _result(gate),
-            tag("br"),
-            figure_cell(found, METRICS[gate.name].unit),
-            tag("small", _limit(gate), class_="line"),
-        ]
-    )
+    shown = figure_cell(entry.report.metrics.get(gate.name), METRICS[gate.name].unit)
+    limit = tag("small", _limit(gate), class_="line num")
+    return join([_result(gate), tag("br"), tag("span", shown, class_="num"), limit])
 
 
 def _gate_table(entry: Entry) -> Html:
