@@ -155,11 +155,14 @@ class Chat:
 
     def _evaluate(self, ids: list[int], start: int, stopped: Callable[[], bool]) -> np.ndarray | None:
         """Evaluate ids[start:] after ids[:start], which are held; the last one's logits, None if it was stopped."""
-        logits = None
-        for first in range(start, len(ids), _PIECE):
+        logits, most = None, self.runner.info().get("batch", _PIECE)
+        piece = (
+            most if most >= self.context else _PIECE
+        )  # what takes a whole context at once would begin anew each time
+        for first in range(start, len(ids), piece):
             if stopped():
                 return None
-            self._held = ids[: first + _PIECE]
+            self._held = ids[: first + piece]
             logits = self.runner.logits(np.array(self._held), len(self._held) - 1, reuse=True)[0]
         return logits
 

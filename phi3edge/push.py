@@ -15,7 +15,7 @@ from phi3edge.errors import HubError, OutputError
 from phi3edge.progress import Stages, silent
 from phi3edge.report import read_report
 
-BESIDE = (folders.CARD, manifest.NAME, folders.REPORT, folders.PAGE, folders.EVAL, folders.LAYERS)
+BESIDE = (folders.CARD, manifest.NAME, folders.REPORT, folders.PAGE, folders.BENCH, folders.EVAL, folders.LAYERS)
 """What phi3edge writes beside an artifact, and a hub should show. The calibration's token ids stay at home."""
 
 MAIN = "main"

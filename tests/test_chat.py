@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from _genai import write_genai
@@ -218,6 +219,25 @@ def test_broken_bytes_hide_nothing_that_follows(artifact: Path) -> None:
             said = runner.detokenize([*word, *broken, *word, *smile, *broken, *word])
             assert joined(said) == "word\ufffdword🙂\ufffdword"
             assert joined(runner.detokenize([*word, *broken])) == "word\ufffd"
+
+
+def test_a_graph_that_chooses_by_length_goes_on_from_token_to_token(model: Path, tmp_path: Path) -> None:
+    folder = write_genai(model, tmp_path / "tiny")
+    graph = onnx.load(folder / "model.onnx", load_external_data=False)
+    graph.graph.node.append(onnx.helper.make_node("Greater", ["total32", "last32"], ["longer"]))
+    onnx.save(graph, folder / "model.onnx")
+    with opened(folder, context=400) as runner:
+        talk = open_chat(runner, find_artifact(folder), max_tokens=8)
+        calls = []
+        original = runner.logits
+        runner.logits = lambda ids, *args, **options: calls.append(len(ids)) or original(ids, *args, **options)  # type: ignore[method-assign,assignment,func-returns-value]
+        answer = "".join(talk.ask("long " * 40))
+        assert talk.last is not None
+        first = talk.last.prompt_tokens
+        assert first > 128  # a prompt at once
+        assert calls == [*range(first, first + talk.last.tokens)]
+        ids = runner.tokenize(talk.render(talk.messages[:1]), special=True, bos=False)
+        assert answer == runner.detokenize(runner.generate(ids, 8))
 
 
 def test_detokenizing_is_the_inverse_of_tokenizing(artifact: Path) -> None:

@@ -397,8 +397,9 @@ class Session:
 
     def _begin(self, ids: list[int], most: int) -> int:
         """Empties the context but for at most `most` tokens that `ids` begins with, too; how many stay."""
-        # the keys of a graph that chooses factors for a length are rotated for the length they came with
-        kept = 0 if self._by_length or self._endless else shared_length(self._held[: max(most, 0)], ids)
+        kept = 0 if self._endless else shared_length(self._held[: max(most, 0)], ids)
+        if self._by_length and not kept == len(self._held) == len(ids) - 1:
+            kept = 0  # its keys are rotated for the length they came with: only a token more is as in generating
         if not kept:
             self._clear()
             return 0
