@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from phi3edge import __version__, folders, manifest, recipes
+from phi3edge import __version__, card, folders, manifest, recipes
 from phi3edge.budget import Budget
 from phi3edge.budget_plan import SEQUENCES, TOKENS, budget_recipe, find_budget, plan_within, require_room
 from phi3edge.checkpoint import SMALL_FILES
@@ -273,6 +273,7 @@ def export(
             if rounded.ids is not None:
                 np.save(partial / folders.CALIBRATION, rounded.ids.astype(np.int32))
             manifest.write_json(partial / manifest.NAME, content)
+            card.write(partial)
     paths = [folder / f.path.name for f in files]
     return Exported(folder, paths[0], paths, ready, notes)
 

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from phi3edge import __version__, folders, manifest
+from phi3edge import __version__, card, folders, manifest
 from phi3edge._toml import Strict
 from phi3edge.answers import Answers
 from phi3edge.artifact import Artifact, find_artifact
@@ -276,6 +276,7 @@ def evaluate(
     if found.said is None or checkpoint is not None:
         return evaluation, None
     write_text(found.folder / folders.EVAL, to_json(evaluation))
+    card.write(found.folder)
     return evaluation, found.folder / folders.EVAL
 
 

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from phi3edge import comparison, folders, manifest, recipes
+from phi3edge import card, comparison, folders, manifest, recipes
+from phi3edge.artifact import find_artifact
 from phi3edge.comparison import Comparison
 from phi3edge.distributions import open_kept
 from phi3edge.errors import UnsupportedError, UsageError
 from phi3edge.families import parse_config
 from phi3edge.files import write_text
 from phi3edge.gates import Gates, check_gates, load_gates, require_baseline
-from phi3edge.genai_folder import is_genai
 from phi3edge.progress import Stages, reporting, silent
 from phi3edge.reference import require_reference
 from phi3edge.registry import load
@@ -99,7 +99,7 @@ def validate_artifact(
     others: Sequence[Other] = (),
     stages: Stages = silent,
 ) -> tuple[Report, list[Pair], Path | None]:
-    """Run an artifact beside its reference, hold it against gates, and write its report.json.
+    """Run an artifact beside its reference, hold it against gates, and write its report.json and model card.
 
     Args:
         artifact: a folder that `export` wrote, or a file or folder that a runtime opens, whoever made it.
@@ -117,13 +117,8 @@ def validate_artifact(
     Raises:
         Phi3EdgeError: see `phi3edge.validate.validate`. A missed gate is in the report, not an error.
     """
-    if not artifact.exists():
-        raise UsageError(f"{artifact} does not exist", "expected an exported folder, a .gguf file or an ONNX folder")
-    if found := folders.artifacts_in(artifact):
-        raise UsageError(f"{artifact} holds {len(found)} artifacts", f"name one of them: {found[0]}")
-    folder = artifact if artifact.is_dir() else artifact.parent
-    ours = (folder / manifest.NAME).is_file() or (artifact.is_dir() and not is_genai(artifact))
-    described = manifest.read_manifest(folder) if ours else None
+    found = find_artifact(artifact)
+    folder, described = found.folder, found.said
     if described is None and checkpoint is None:
         raise UsageError(f"{artifact} has no {manifest.NAME} beside it that says what it is", "give --checkpoint")
     said: JSON = described or {"model": {}}
@@ -136,12 +131,12 @@ def validate_artifact(
     with reporting(stages) as told:
         source = resolve(checkpoint or said["model"]["checkpoint"], told)
     source.close()  # the reference is computed from its folder
-    format_: Format = said.get("format", "onnx" if is_genai(artifact) else "gguf")
+    format_: Format = said.get("format", "onnx" if found.is_onnx else "gguf")
     runtime = (device.formats.get(format_) or next(iter(device.formats.values()))) if device else None
     context = said.get("context") or (device.context if device else CHUNK_TOKENS)
     spec = _spec(source.config, source.generation_config, source.name)
     report, pairs = validate(
-        folder / said["files"][0]["name"] if described and artifact.is_dir() else artifact,
+        found.file,
         source.path,
         text=read_text(protocol.text) if protocol.text else None,
         windows=protocol.windows,
@@ -164,6 +159,7 @@ def validate_artifact(
     if described is None or checkpoint is not None or target_name != said["target"]:
         return report, pairs, None  # the artifact's own report is that against its own reference and gates
     write_text(folder / folders.REPORT, to_json(report))
+    card.write(folder)
     return report, pairs, folder / folders.REPORT
 
 

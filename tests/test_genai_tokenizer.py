@@ -20,8 +20,8 @@ from phi3edge.emitters._genai_template import runtime_template
 from phi3edge.emitters._genai_tokenizer import tokenizer_files
 from phi3edge.errors import CheckpointError, UnsupportedError
 from phi3edge.families import phi3
+from phi3edge.parity import STRINGS
 from phi3edge.types import ModelSpec
-from phi3edge.validate import STRINGS
 
 og = pytest.importorskip("onnxruntime_genai")
 transformers = pytest.importorskip("transformers")

@@ -11,6 +11,7 @@ import typer
 
 from phi3edge.cli._options import JsonOption, ThreadsOption
 from phi3edge.cli._output import print_json, progress, say, stdout
+from phi3edge.cli._pages import refresh_pages
 from phi3edge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ def run(
         stdout.print(render(found))
         if written:
             say(f"evaluation: {written}")
+    if written:
+        refresh_pages(written.parent, quiet=as_json)
 
 
 def _show(estimates: Sequence[Estimate], as_json: bool) -> None:

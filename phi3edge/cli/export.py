@@ -30,6 +30,7 @@ from phi3edge.cli._options import (
     parse_budget,
 )
 from phi3edge.cli._output import note, print_json, progress, say
+from phi3edge.cli._pages import write_pages
 from phi3edge.cli.validate import show, to_data
 from phi3edge.errors import Phi3EdgeError
 from phi3edge.plan import to_json
@@ -111,6 +112,8 @@ def export(
             raise
         if not as_json:
             show(found, written)
+        if written:
+            write_pages(written.parent, quiet=as_json)
     if as_json:
         described = [describe(one) for one in made]
         print_json(

@@ -10,6 +10,7 @@ import typer
 
 from phi3edge.cli._options import JsonOption, TextOption
 from phi3edge.cli._output import note, print_json, progress, say, stdout, table
+from phi3edge.cli._pages import refresh_pages
 from phi3edge.errors import UsageError
 from phi3edge.progress import reporting
 from phi3edge.units import size
@@ -78,11 +79,13 @@ def layers(
             )
     written = write(losses, found.folder) if found.said and checkpoint is None else None
     if as_json:
-        return print_json(to_data(losses))
-    _show(losses)
+        print_json(to_data(losses))
+    else:
+        _show(losses)
+        if written:
+            say(f"layers: {written}")
     if written:
-        say(f"layers: {written}")
-    return None
+        refresh_pages(written.parent, quiet=as_json)
 
 
 def _show(losses: Losses) -> None:

@@ -21,6 +21,7 @@ from phi3edge.cli._options import (
     make_windows,
 )
 from phi3edge.cli._output import print_json, progress, say, stdout
+from phi3edge.cli._pages import write_pages
 from phi3edge.comparison import Comparison
 from phi3edge.report import Report
 from phi3edge.types import JSON
@@ -49,7 +50,7 @@ def validate(
     """Run an artifact beside its reference: perplexity, KL divergence, tokens, speed, memory; then hold it to gates.
 
     Exit code 0: all gates passed; 1: one failed; 2: bad usage or input. The report is also written into the
-    artifact's folder as report.json, unless --checkpoint or --target name others than its own.
+    artifact's folder as report.json and report.html, unless --checkpoint or --target name others than its own.
 
     Examples: `phi3edge validate dist/demo-iphone`,
     `phi3edge validate model.gguf --checkpoint demo --text wiki.test.raw --chunks 40`,
@@ -59,10 +60,12 @@ def validate(
     protocol = proof.Protocol(text, make_windows(chunks, window, stride), limits, baseline or named, positions, threads)
     with progress(quiet=as_json) as stages:
         found, written = proof.prove(artifact, checkpoint, target, protocol, stages)
+    if not as_json:
+        show(found, written)
+    if written:
+        write_pages(written.parent, quiet=as_json)
     if as_json:
         print_json(to_data(found))
-    else:
-        show(found, written)
     if not found.passed:
         raise typer.Exit(1)
 
