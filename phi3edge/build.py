@@ -27,6 +27,7 @@ from phi3edge.plan import (
     estimate_fit,
     make_plan,
     require_fit,
+    require_format,
     require_kernels,
     summarize,
     warnings,
@@ -123,6 +124,7 @@ def prepare_spec(
     """Plan an export of a model that is already read; see `prepare`. Under a budget the plan is not filled yet."""
     target_name, device = load_target(target)
     [chosen] = formats_of(target, format_, recipe)
+    require_format(spec, chosen)
     if kv_cache is not None:
         device = with_kv_cache(device, chosen, kv_cache)
     default = budget_recipe(chosen) if budget else device.formats[chosen].recipe
