@@ -1,4 +1,4 @@
-"""What an artifact is held against: the checkpoint itself, in float32 through transformers.
+"""What an artifact is held against: the checkpoint itself in float32, through transformers or our own code (OWN).
 
 The reference's figures of the scored positions are kept in the cache, so that a second artifact of the same checkpoint
 costs no second pass: log-probabilities of the text's own tokens exactly (float32), and the distributions as
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from phi3edge import machine, prequantized
+from phi3edge import __version__, machine, prequantized
 from phi3edge.cache import cache_dir
 from phi3edge.checkpoint import open_checkpoint
 from phi3edge.distributions import DRAWN, TOP, Distributions, Keeper, open_kept
@@ -35,6 +35,9 @@ from phi3edge.units import size
 
 CACHE_BYTES = 10**9
 """What kept passes may take on disk; the oldest go first. The newest stays whatever its size."""
+
+OWN = {"phimoe": "transformers forgets LongRoPE's long factors"}
+"""Families that phi3edge computes itself, and why."""
 
 _FORMAT = "3"  # of the kept files
 _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of each weight file, evenly spaced, to tell one model's from another's
@@ -196,12 +199,19 @@ def _run(checkpoint: Path, wanted: Wanted, work: Path, stages: Stages) -> None:
                 advance(1)
     np.save(work / "text_log_probs.npy", text_log_probs)
     software = {"transformers": transformers.__version__, "torch": torch.__version__}
+    if model_type(checkpoint) in OWN:
+        software = {"phi3edge": __version__, "torch": torch.__version__}
     notes = {"greedy": [a for a, _ in answers], "ended": [ended for _, ended in answers], "software": software}
     (work / "notes.json").write_text(json.dumps(notes))
 
 
+def model_type(checkpoint: Path) -> str | None:
+    """What config.json says."""
+    return _config(checkpoint, "config.json").get("model_type")
+
+
 def load_model(checkpoint: Path) -> Any:
-    """The checkpoint in float32, as a model of transformers.
+    """The checkpoint in float32, as a model of transformers, or of ours that is called alike.
 
     Raises:
         MissingExtraError: torch or transformers is not installed.
@@ -209,6 +219,10 @@ def load_model(checkpoint: Path) -> Any:
         UsageError: the weights in float32 do not fit into this machine's free memory.
     """
     _transformers()
+    if model_type(checkpoint) in OWN:
+        from phi3edge.mixture import load_mixture
+
+        return load_mixture(checkpoint)
     _check_memory(checkpoint)
     try:
         return _load(checkpoint).eval()
