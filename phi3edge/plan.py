@@ -241,8 +241,11 @@ def choose_context(model: ModelSpec, target: Target, format_: Format, wanted: in
 
 def require_format(model: ModelSpec, format_: Format) -> None:
     """Raise UnsupportedError for a model that a format cannot hold, or that is not written in it."""
-    if model.experts:
-        raise UnsupportedError(f"{model.name}: a mixture of experts is read, not written to {format_}")
+    if model.experts and format_ == "onnx":
+        raise UnsupportedError(
+            f"{model.name}: a mixture of experts is not written to ONNX: onnxruntime's MoE has no SparseMixer on CPUs",
+            "use --format gguf",
+        )
 
 
 def require_kernels(plan: QuantPlan, target_name: str, target: Target, format_: Format) -> None:
@@ -269,23 +272,29 @@ def known_codecs(role: str, model: ModelSpec, runtime: Runtime, format_: Format)
 
 def warnings(plan: QuantPlan, target: Target, format_: Format, context: int) -> list[str]:
     """What an engineer should know before shipping this plan in this format on this target."""
-    runtime = target.formats[format_]
+    runtime, model = target.formats[format_], plan.model
     notes = [*target.notes, *runtime.notes]
     heeds_window = format_ == "onnx" and load_provider(runtime.provider).reads_window
-    window = plan.model.sliding_window
+    window = model.sliding_window
     if window is not None and context > window and not heeds_window:
         who = "llama.cpp" if format_ == "gguf" else runtime.name
         notes.append(
             f"The model attends to the last {window} tokens; {who} ignores that window, so beyond {window} tokens "
             "of context its answers differ from the reference."
         )
-    original = plan.model.original_context_length
-    if format_ == "gguf" and plan.model.rope.by_length:
+    original = model.original_context_length
+    if format_ == "gguf" and model.rope.by_length:
         side, other = ("up to", "above") if context <= original else ("above", "up to")
         notes.append(
             f"llama.cpp chooses LongRoPE's factors once, by the context it is opened with: this file is for contexts "
             f"{side} {original} tokens. Opened with one {other} {original}, its answers differ from the reference"
             + ("." if context <= original else f", and so do those to sequences that have at most {original} tokens.")
+        )
+    if format_ == "gguf" and model.experts:
+        notes.append(
+            "llama.cpp weighs both experts of a token by 1. Where the score of another one is within "
+            f"{200 * model.experts.jitter:g} % of a chosen one's, the model shares the weight: for such tokens, and "
+            "where they are attended to, answers differ from the reference."
         )
     if not runtime.runs_here:
         notes.append(
