@@ -15,7 +15,6 @@ the same up to the original context; its rotary embedding forgets the long facto
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,9 +31,6 @@ from phi3edge.types import Experts, ModelSpec
 
 READ_ONCE = 0.75
 """Share of the free memory that all weights may take as float32; beyond, they are read again whenever they are used."""
-
-Observe = Callable[[int, Tensor], None]
-"""observe(layer, scores) sees the router's scores, shape (tokens, experts)."""
 
 
 def sparse_mixer(scores: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:
@@ -55,11 +51,6 @@ def sparse_mixer(scores: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:
         chosen.append(index)
         left = left.scatter(-1, index, -torch.inf)
     return torch.cat(weights, -1), torch.cat(chosen, -1)
-
-
-def is_shared(scores: Tensor, experts: Experts) -> Tensor:
-    """Whether a token has another expert within 2 * jitter of a chosen one, so that a weight is not 1; (tokens,)."""
-    return (sparse_mixer(scores, experts)[0] < 1).any(-1)
 
 
 class MixtureDecoder(Decoder):
@@ -85,10 +76,18 @@ class Past:
 
 @dataclass(slots=True)
 class Output:
-    """Logits, shape (sequences, positions asked for, vocabulary), and what to go on from."""
+    """What a call gives.
+
+    Attributes:
+        logits: shape (sequences, positions asked for, vocabulary).
+        past_key_values: to go on from.
+        shared: whether a weight of a token's experts is not 1 in some layer, since another expert's score is near, of
+            all tokens, those of a past included; bool, shape (sequences, tokens).
+    """
 
     logits: Tensor
     past_key_values: Past
+    shared: Tensor
 
 
 @dataclass
@@ -99,13 +98,11 @@ class Mixture:
         checkpoint: an opened one; weights are read from it as they are used.
         spec: its model.
         keep: read each weight once only, and keep it.
-        observe: sees the router's scores of each layer.
     """
 
     checkpoint: Checkpoint
     spec: ModelSpec
     keep: bool = True
-    observe: Observe = lambda layer, scores: None
     _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -141,34 +138,35 @@ class Mixture:
         if past_key_values is not None:
             ids = torch.cat([past_key_values.ids, ids], 1)
         first = ids.shape[1] - new
-        h = self._get("embedding")[ids]
+        h, shared = self._get("embedding")[ids], torch.zeros_like(ids, dtype=torch.bool)
         for layer in range(self.spec.layers):
-            h = self._block(h, layer)
+            h, weights = self._block(h, layer)
+            shared |= (weights < 1).any(-1).view_as(ids)
         rows = h[:, first:][:, -logits_to_keep:] if isinstance(logits_to_keep, int) else h[:, first + logits_to_keep]
         x = self._decoder.layer_norm(rows, self._get("output_norm"), self._get("output_norm_bias"))
-        return Output(self._linear(x, "head"), Past(ids))
+        return Output(self._linear(x, "head"), Past(ids), shared)
 
-    def _block(self, h: Tensor, layer: int) -> Tensor:
+    def _block(self, h: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Hidden states, and the weights of each token's experts, shape (tokens, 2)."""
         decoder = self._decoder
         x = decoder.layer_norm(h, self._get("attn_norm", layer), self._get("attn_norm_bias", layer))
         qkv = torch.cat([self._linear(x, role, layer) for role in ("attn_q", "attn_k", "attn_v")], -1)
         h = h + self._linear(decoder.attend(qkv), "attn_output", layer)
         x = decoder.layer_norm(h, self._get("ffn_norm", layer), self._get("ffn_norm_bias", layer))
-        return h + self._experts(x.flatten(0, 1), layer).view_as(h)
+        mixed, weights = self._experts(x.flatten(0, 1), layer)
+        return h + mixed.view_as(h), weights
 
-    def _experts(self, x: Tensor, layer: int) -> Tensor:
-        """The mixture's output, shape (tokens, hidden); of an expert that nobody chose nothing is read."""
+    def _experts(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """The mixture's output, shape (tokens, hidden), and weights; of an expert that nobody chose nothing is read."""
         assert self.spec.experts is not None
-        scores = linear(x, self._get("router", layer))
-        self.observe(layer, scores)
-        weights, chosen = sparse_mixer(scores, self.spec.experts)
+        weights, chosen = sparse_mixer(linear(x, self._get("router", layer)), self.spec.experts)
         out = torch.zeros_like(x)
         for expert in chosen.unique().tolist():
             token, rank = torch.where(chosen == expert)
             gate, up = (linear(x[token], self._get(role, layer, expert)) for role in ("ffn_gate", "ffn_up"))
             mixed = linear(torch.nn.functional.silu(gate) * up, self._get("ffn_down", layer, expert))
             out.index_add_(0, token, mixed * weights[token, rank, None])
-        return out
+        return out, weights
 
     def _linear(self, x: Tensor, role: str, layer: int | None = None) -> Tensor:
         return linear(x, self._get(role, layer), self._get(f"{role}_bias", layer))

@@ -39,6 +39,8 @@ CACHE_BYTES = 10**9
 OWN = {"phimoe": "transformers forgets LongRoPE's long factors"}
 """Families that phi3edge computes itself, and why."""
 
+SHARED = "shared.npy"
+
 _FORMAT = "3"  # of the kept files
 _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of each weight file, evenly spaced, to tell one model's from another's
 
@@ -74,6 +76,8 @@ class Reference:
     Attributes:
         distributions: of the chunks, shape (chunks, rows), memory maps.
         text_log_probs: float32, shape (chunks, rows): log-probability of the token that the text goes on with.
+        shared: of a mixture of experts: whether a weight of the row's token is not 1, since another expert's score is
+            near that of a chosen one; bool, shape (chunks, rows). None for other models.
         long: distributions at the positions of each long sequence, shape (positions,).
         greedy: the most likely continuation of each prompt, without the end-of-generation token.
         ended: whether an end-of-generation token came after it.
@@ -82,6 +86,7 @@ class Reference:
 
     distributions: Distributions
     text_log_probs: np.ndarray
+    shared: np.ndarray | None
     long: list[Distributions]
     greedy: list[list[int]]
     ended: list[bool]
@@ -157,6 +162,7 @@ def reference_pass(checkpoint: Path, wanted: Wanted, stages: Stages = silent) ->
     return Reference(
         distributions=open_kept(kept),
         text_log_probs=np.load(kept / "text_log_probs.npy"),
+        shared=np.load(kept / SHARED) if (kept / SHARED).exists() else None,
         long=[open_kept(kept / f"long-{n}")[0] for n in range(len(wanted.long))],
         greedy=notes["greedy"],
         ended=notes["ended"],
@@ -169,16 +175,19 @@ def _run(checkpoint: Path, wanted: Wanted, work: Path, stages: Stages) -> None:
     transformers = _transformers()
     import torch
 
+    own = model_type(checkpoint) in OWN
     with stages("load reference", None):
         model = load_model(checkpoint)
     vocabulary, shape = model.config.vocab_size, (len(wanted.chunks), wanted.rows)
-    text_log_probs = np.empty(shape, np.float32)
+    text_log_probs, shared = np.empty(shape, np.float32), np.zeros(shape, bool)
     with torch.inference_mode():
         with Keeper(work, shape, vocabulary) as keeper, stages("reference", len(wanted.chunks)) as advance:
             for i, chunk in enumerate(wanted.chunks):
                 ids = torch.from_numpy(chunk)
-                logits = model(ids[None], use_cache=False, logits_to_keep=wanted.rows + 1).logits[0, :-1]
-                log_probs = torch.log_softmax(logits, -1)
+                given = model(ids[None], use_cache=False, logits_to_keep=wanted.rows + 1)
+                log_probs = torch.log_softmax(given.logits[0, :-1], -1)
+                if own:
+                    shared[i] = given.shared[0, wanted.first : -1].numpy()
                 text_log_probs[i] = log_probs.gather(1, ids[wanted.first + 1 :, None])[:, 0].numpy()
                 keeper.add(log_probs.numpy())
                 advance(1)
@@ -198,9 +207,10 @@ def _run(checkpoint: Path, wanted: Wanted, work: Path, stages: Stages) -> None:
                 answers.append(_greedy(model, prompt, wanted.greedy_tokens, eos_ids(checkpoint)))
                 advance(1)
     np.save(work / "text_log_probs.npy", text_log_probs)
-    software = {"transformers": transformers.__version__, "torch": torch.__version__}
-    if model_type(checkpoint) in OWN:
-        software = {"phi3edge": __version__, "torch": torch.__version__}
+    if own:
+        np.save(work / SHARED, shared)
+    by = ("phi3edge", __version__) if own else ("transformers", transformers.__version__)
+    software = dict([by, ("torch", torch.__version__)])
     notes = {"greedy": [a for a, _ in answers], "ended": [ended for _, ended in answers], "software": software}
     (work / "notes.json").write_text(json.dumps(notes))
 

@@ -30,7 +30,7 @@ from phi3edge.checkpoint import open_checkpoint
 from phi3edge.errors import UnsupportedError
 from phi3edge.families import parse_config
 from phi3edge.gguf_names import tensor_name
-from phi3edge.mixture import is_shared, load_mixture
+from phi3edge.mixture import load_mixture
 from phi3edge.proof import Protocol, validate_artifact
 from phi3edge.rounding import Rounding
 from phi3edge.runners import llama_cpp
@@ -71,11 +71,9 @@ def export_gguf(model: Path, out: Path, recipe: str = "f32", **options):
 
 
 def test_it_is_the_model_until_the_first_token_with_another_expert_near(model: Path, tmp_path: Path) -> None:
-    mixture, scores = load_mixture(model), []
-    mixture.observe = lambda layer, s: scores.append(is_shared(s, mixture.spec.experts).view(SEQUENCES.shape))
     with torch.inference_mode():
-        expected = mixture(torch.from_numpy(SEQUENCES)).logits.log_softmax(-1).numpy()
-    shared = torch.stack(scores).any(0).numpy()
+        found = load_mixture(model)(torch.from_numpy(SEQUENCES))
+    expected, shared = found.logits.log_softmax(-1).numpy(), found.shared.numpy()
     before = np.cumsum(shared, 1) == 0
     found = kl(expected, gguf_log_probs(export_gguf(model, tmp_path / "out").artifact, SEQUENCES))
     assert before.mean() > 0.2
@@ -168,6 +166,16 @@ def test_a_report_holds_it_against_our_reference_on_both_sides(sharp: Path, tmp_
     right = [(240, 256, 256), (256, 512, 512), (495, 512, 512)]
     assert all(bands[place] < 1e-4 for place in right)
     assert bands[240, 256, 512] > 0.01
+    assert report.metrics["experts_shared"].value == 0
+    assert report.protocol.reference == "phi3edge, float32"
+
+
+def test_a_report_says_how_many_tokens_stay_different(model: Path, tmp_path: Path) -> None:
+    made = export_gguf(model, tmp_path / "out", kv_cache="f32")
+    report, *_ = validate_artifact(made.folder, protocol=Protocol(windows=Windows(2, 128), threads=1))
+    figures = {key: metric.value for key, metric in report.metrics.items()}
+    assert 0.01 < figures["experts_shared"] < 0.15
+    assert figures["kl_unshared"] < figures["kl_mean"] < 0.01
 
 
 def test_memory_is_a_few_experts_whatever_there_are(tmp_path: Path) -> None:
