@@ -125,9 +125,9 @@ def prepare_spec(
     """Plan an export of a model that is already read; see `prepare`. Under a budget the plan is not filled yet."""
     target_name, device = load_target(target)
     [chosen] = formats_of(target, format_, recipe)
-    require_format(spec, chosen)
     if kv_cache is not None:
         device = with_kv_cache(device, chosen, kv_cache)
+    require_format(spec, chosen, device.formats[chosen])
     default = budget_recipe(chosen) if budget else device.formats[chosen].recipe
     recipe_name, mix = load_recipe(recipe or default)
     if chosen not in mix.formats:
@@ -264,7 +264,8 @@ def export(
         job = Job(ready.plan, ready.recipe, source, ready.runtime, ready.fit.context, name_, limit, scales)
         emitter = open_emitter(ready.format, job)
         rounded = round_weights(source, ready.plan, rounding, ready.runtime.kv_cache, stages)
-        weights = Centred(source, spec) if spec.norm == "layer" else rounded.source
+        centred = ready.format == "gguf" and spec.norm == "layer"
+        weights = Centred(source, spec) if centred else rounded.source
         with new_folder(folder, lambda: folders.require_free(folder, force)) as partial:
             with (
                 stages("quantize", ready.plan.weight_bytes) as advance,

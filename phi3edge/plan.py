@@ -239,13 +239,16 @@ def choose_context(model: ModelSpec, target: Target, format_: Format, wanted: in
     return wanted
 
 
-def require_format(model: ModelSpec, format_: Format) -> None:
-    """Raise UnsupportedError for a model that a format cannot hold, or that is not written in it."""
-    if model.experts and format_ == "onnx":
+def require_format(model: ModelSpec, format_: Format, runtime: Runtime) -> None:
+    """Raise UnsupportedError for a model that a format's runtime cannot run."""
+    if model.experts and format_ == "onnx" and runtime.provider != "cpu":
         raise UnsupportedError(
-            f"{model.name}: a mixture of experts is not written to ONNX: onnxruntime's MoE has no SparseMixer on CPUs",
-            "use --format gguf",
+            f"{model.name}: the ONNX graph of a mixture of experts is for the CPU; provider {runtime.provider} lacks "
+            "operators of its routing",
+            "use --format gguf, or target cpu",
         )
+    if model.experts and runtime.kv_cache == "int8":
+        raise UnsupportedError(f"{model.name}: an int8 KV cache is not calibrated for a mixture of experts")
 
 
 def require_kernels(plan: QuantPlan, target_name: str, target: Target, format_: Format) -> None:
