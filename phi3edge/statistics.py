@@ -309,6 +309,9 @@ def finish_folder(folder: Path, spec: ModelSpec, name: str, ids: np.ndarray, mom
 def identity(spec: ModelSpec) -> JSON:
     """What activations depend on, weights aside: the numbers of the model, and its tensors' names and shapes."""
     numbers = {key: value for key, value in asdict(spec).items() if key not in NOT_OF_THE_FUNCTION}
+    for key in ("norm", "experts"):  # fields that came later: what an earlier folder lacks is the default
+        if getattr(spec, key) == ModelSpec.__dataclass_fields__[key].default:
+            del numbers[key]
     shapes = json.dumps({t.name: t.shape for t in spec.tensors}, sort_keys=True)
     return {**numbers, "tensors_sha256": hashlib.sha256(shapes.encode()).hexdigest()}
 

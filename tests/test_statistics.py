@@ -24,7 +24,7 @@ from phi3edge.families import parse_config
 from phi3edge.methods import rtn
 from phi3edge.progress import Advance
 from phi3edge.reference import load_model
-from phi3edge.statistics import NAME, check, finish_folder, load_statistics
+from phi3edge.statistics import NAME, check, finish_folder, identity, load_statistics
 from phi3edge.types import ModelSpec, Statistics
 
 SEQUENCES, TOKENS = 40, 64  # more than one batch
@@ -354,3 +354,10 @@ def test_rtn_weighs_errors_by_the_mean_squares(saved: tuple[Path, ModelSpec]) ->
         module = codec(name)
         plain, weighed = (module.dequantize(rtn.quantize(weight, module, s)) - weight for s in (None, statistics))
         assert (weighed**2 @ statistics.squares).sum() < (plain**2 @ statistics.squares).sum()
+
+
+def test_a_dense_models_identity_has_no_fields_that_came_with_experts():
+    """A folder of statistics that an earlier version wrote stays of use."""
+    from test_families import MINI_4K
+
+    assert not {"norm", "experts"} & set(identity(parse_config(MINI_4K, None, "x")))
