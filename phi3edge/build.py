@@ -136,10 +136,10 @@ def prepare_spec(
         )
     mix = with_method(mix, rounding.method)
     budget = find_budget(recipe_name, mix, budget)
-    if spec.experts and (budget or rounding.statistics or rounding.method not in (None, "rtn")):
+    if spec.experts and (budget or is_calibrated(make_plan(spec, recipe_name, mix))):
         raise UnsupportedError(
-            f"{spec.name}: calibration, statistics and byte budgets are not computed for a mixture of experts",
-            "use --method rtn, without --statistics and --budget",
+            f"{spec.name}: calibrated rounding and byte budgets are not computed for a mixture of experts",
+            "use --method rtn, with --statistics of phi3edge calibrate",
         )
     if budget:
         require_room(budget, spec, recipe_name, mix, device, chosen)

@@ -209,7 +209,6 @@ def test_what_is_not_made_is_refused_before_any_work(model: Path) -> None:
     for options in (
         {"rounding": Rounding(method="gptq")},
         {"rounding": Rounding(method="awq")},
-        {"rounding": Rounding(statistics=model)},
         {"budget": Budget(bytes=10**6)},
     ):
         with pytest.raises(UnsupportedError, match="not computed for a mixture of experts"):

@@ -361,3 +361,16 @@ def test_a_dense_models_identity_has_no_fields_that_came_with_experts():
     from test_families import MINI_4K
 
     assert not {"norm", "experts"} & set(identity(parse_config(MINI_4K, None, "x")))
+
+
+def test_a_longrope_models_folder_is_known_again(tmp_path: Path):
+    """Its factors are lists in the file."""
+    from test_longrope import GROUPED, longrope
+
+    path = write_model(tmp_path / "in", GROUPED, **longrope())
+    ids = np.random.default_rng(0).integers(0, 320, (2, 32))
+    with open_checkpoint(path) as checkpoint:
+        spec = parse_config(checkpoint.config, None, "long")
+        collect(checkpoint, spec, ids, tmp_path / "out")
+        finish_folder(tmp_path / "out", spec, "random", ids, False)
+    assert load_statistics(tmp_path / "out", spec).calibration.ids is not None
