@@ -15,6 +15,7 @@ import numpy as np
 from phi3edge import __version__, card, folders, manifest, recipes
 from phi3edge.budget import Budget
 from phi3edge.budget_plan import SEQUENCES, TOKENS, budget_recipe, find_budget, plan_within, require_room
+from phi3edge.centring import Centred
 from phi3edge.checkpoint import SMALL_FILES
 from phi3edge.emitters import FILES, Job, open_emitter
 from phi3edge.errors import MissingExtraError, UnsupportedError, UsageError
@@ -27,6 +28,7 @@ from phi3edge.plan import (
     estimate_fit,
     make_plan,
     require_fit,
+    require_format,
     require_kernels,
     summarize,
     warnings,
@@ -125,6 +127,7 @@ def prepare_spec(
     [chosen] = formats_of(target, format_, recipe)
     if kv_cache is not None:
         device = with_kv_cache(device, chosen, kv_cache)
+    require_format(spec, chosen, device.formats[chosen])
     default = budget_recipe(chosen) if budget else device.formats[chosen].recipe
     recipe_name, mix = load_recipe(recipe or default)
     if chosen not in mix.formats:
@@ -133,6 +136,11 @@ def prepare_spec(
         )
     mix = with_method(mix, rounding.method)
     budget = find_budget(recipe_name, mix, budget)
+    if spec.experts and (budget or is_calibrated(make_plan(spec, recipe_name, mix))):
+        raise UnsupportedError(
+            f"{spec.name}: calibrated rounding and byte budgets are not computed for a mixture of experts",
+            "use --method rtn, with --statistics of phi3edge calibrate",
+        )
     if budget:
         require_room(budget, spec, recipe_name, mix, device, chosen)
     tokens = choose_context(spec, device, chosen, context)
@@ -256,11 +264,13 @@ def export(
         job = Job(ready.plan, ready.recipe, source, ready.runtime, ready.fit.context, name_, limit, scales)
         emitter = open_emitter(ready.format, job)
         rounded = round_weights(source, ready.plan, rounding, ready.runtime.kv_cache, stages)
+        centred = ready.format == "gguf" and spec.norm == "layer"
+        weights = Centred(source, spec) if centred else rounded.source
         with new_folder(folder, lambda: folders.require_free(folder, force)) as partial:
             with (
                 stages("quantize", ready.plan.weight_bytes) as advance,
                 source.each_read_once(spec) if rounded.rows is None else nullcontext(),  # calibration read them before
-                closing(quantize(rounded.source, ready.plan, threads, rounded.rows, rounded.statistics)) as stream,
+                closing(quantize(weights, ready.plan, threads, rounded.rows, rounded.statistics)) as stream,
             ):
                 files = emitter.emit(stream, partial, advance)
             taken = sum(f.bytes for f in files)

@@ -12,15 +12,43 @@ if TYPE_CHECKING:
 ROLES = (
     "embedding",
     "attn_norm",
+    "attn_norm_bias",
     "attn_qkv",
+    "attn_q",
+    "attn_q_bias",
+    "attn_k",
+    "attn_k_bias",
+    "attn_v",
+    "attn_v_bias",
     "attn_output",
+    "attn_output_bias",
     "ffn_norm",
+    "ffn_norm_bias",
+    "router",
     "ffn_gate_up",
+    "ffn_gate",
+    "ffn_up",
     "ffn_down",
     "output_norm",
+    "output_norm_bias",
     "head",
+    "head_bias",
 )
 """What a tensor of a decoder is for. Recipes speak of roles, never of tensor names."""
+
+FUSED = {
+    "attn_q": "attn_qkv",
+    "attn_k": "attn_qkv",
+    "attn_v": "attn_qkv",
+    "ffn_gate": "ffn_gate_up",
+    "ffn_up": "ffn_gate_up",
+}
+"""The role that a linear is a part of in models that store it fused: a recipe that names that one means it too."""
+
+
+def stays_float(role: str) -> bool:
+    """Whether a role is never rounded: norms and biases, which are small, and the router, whose scores are compared."""
+    return role.endswith(("norm", "_bias")) or role == "router"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +71,9 @@ class TensorSpec:
         shape: (rows, columns) = (outputs, inputs) of a linear, (vocabulary, hidden) of an embedding, (n,) of a norm.
         parts: the named row ranges of a fused tensor, in order; empty if it is not fused.
         grid: the affine codec that the checkpoint already has it on; None for floats.
+        expert: which of a layer's experts it belongs to, or None. A checkpoint holds one tensor for each, so here each
+            is one too, read, rounded and packed by itself; those of one role and layer follow each other in order, and
+            a format that stacks them writes their bytes one after the other.
     """
 
     name: str
@@ -51,6 +82,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     parts: tuple[Part, ...] = ()
     grid: str | None = None
+    expert: int | None = None
 
     @property
     def size(self) -> int:
@@ -87,6 +119,21 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts in place of the feed-forward network, routed by SparseMixer (arXiv 2409.12136).
+
+    Attributes:
+        count: experts of a layer.
+        used: of them, for each token.
+        jitter: an expert counts beside a chosen one if its score is less than 2 * jitter below, relatively.
+    """
+
+    count: int
+    used: int
+    jitter: float
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """A model as its config.json describes it: every number that its function depends on, and every tensor.
 
@@ -98,6 +145,8 @@ class ModelSpec:
         eos_token_ids: every id that ends a generation: config.json's and generation_config.json's, in that order.
         dtype: dtype of the weights in the checkpoint ("bfloat16", "float16", "float32").
         tied: the head is the embedding; then `tensors` has no "head".
+        norm: "rms", or "layer" for LayerNorms, which subtract the mean and have biases.
+        experts: of each layer; None for one feed-forward network. `intermediate_size` is then that of one expert.
     """
 
     family: str
@@ -121,6 +170,8 @@ class ModelSpec:
     pad_token_id: int | None
     dtype: str
     tensors: tuple[TensorSpec, ...] = field(repr=False)
+    norm: str = "rms"
+    experts: Experts | None = None
 
     @property
     def parameters(self) -> int:

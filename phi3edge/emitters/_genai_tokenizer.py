@@ -84,6 +84,7 @@ def _load_reference(checkpoint: Path) -> Any:
         import transformers
     except ImportError:
         raise MissingExtraError("writing ONNX Runtime GenAI folders", "onnx") from None
+    transformers.utils.logging.set_verbosity_error()  # it warns of keys of LongRoPE that it reads all the same
     try:
         found = transformers.AutoTokenizer.from_pretrained(
             checkpoint, config=readable_config(checkpoint), trust_remote_code=False, local_files_only=True
