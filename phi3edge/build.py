@@ -26,7 +26,9 @@ from phi3edge.plan import (
     chosen_tensors,
     estimate_fit,
     make_plan,
+    require_calibration,
     require_fit,
+    require_format,
     require_kernels,
     summarize,
     warnings,
@@ -123,6 +125,7 @@ def prepare_spec(
     """Plan an export of a model that is already read; see `prepare`. Under a budget the plan is not filled yet."""
     target_name, device = load_target(target)
     [chosen] = formats_of(target, format_, recipe)
+    require_format(spec, chosen)
     if kv_cache is not None:
         device = with_kv_cache(device, chosen, kv_cache)
     default = budget_recipe(chosen) if budget else device.formats[chosen].recipe
@@ -137,6 +140,8 @@ def prepare_spec(
         require_room(budget, spec, recipe_name, mix, device, chosen)
     tokens = choose_context(spec, device, chosen, context)
     plan = make_plan(spec, recipe_name, mix)
+    if budget or is_calibrated(plan):
+        require_calibration(spec)
     require_kernels(plan, target_name, device, chosen)
     require_rounding(rounding, is_calibrated(plan))
     fit, notes = estimate_fit(plan, device, chosen, tokens), warnings(plan, device, chosen, tokens)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
+from phi3edge.plan import require_calibration
 from phi3edge.types import ModelSpec
 
 if TYPE_CHECKING:
@@ -43,7 +44,11 @@ class Decoder:
         Args:
             spec: the model.
             device: where everything is computed.
+
+        Raises:
+            UnsupportedError: a family whose blocks are something else.
         """
+        require_calibration(spec)
         self.spec = spec
         self.device = torch.device(device)
         rope = spec.rope

@@ -11,7 +11,7 @@ from phi3edge.prequantized import exact_codec
 from phi3edge.providers import codecs_for, load_provider
 from phi3edge.recipes import Recipe, shipped_recipes
 from phi3edge.targets import KV_BYTES, Format, Runtime, Target
-from phi3edge.types import JSON, ROLES, ModelSpec, Option, QuantPlan, TensorPlan, TensorSpec, total_kl
+from phi3edge.types import JSON, ROLES, ModelSpec, Option, QuantPlan, TensorPlan, TensorSpec, is_vector, total_kl
 from phi3edge.units import size
 
 MICRO_BATCH = 512
@@ -25,6 +25,41 @@ BLOCK_SUM_BYTES = 4
 
 RUNTIME_BYTES = 64 * 2**20
 """What a runtime takes besides weights, KV cache and scratch: code, vocabulary, graph. Measured near 50 MiB."""
+
+
+NO_GGUF = {
+    "phi3small": "llama.cpp has no architecture with block-sparse attention, whose mask differs from head to head",
+}
+"""Families that no GGUF file can hold, and why."""
+
+CALIBRATED_FAMILIES = ("phi3",)
+"""Families whose blocks phi3edge computes one by one, as calibration and byte budgets need; see phi3edge.forward."""
+
+
+def require_format(model: ModelSpec, format_: Format) -> None:
+    """Raise unless a model can be written in a format.
+
+    Raises:
+        UnsupportedError: it cannot, with the reason.
+    """
+    if format_ == "gguf" and model.family in NO_GGUF:
+        raise UnsupportedError(
+            f"{model.name} cannot be a GGUF file: {NO_GGUF[model.family]}", "write it with --format onnx"
+        )
+
+
+def require_calibration(model: ModelSpec) -> None:
+    """Raise unless a model can be calibrated on a text.
+
+    Raises:
+        UnsupportedError: its family cannot.
+    """
+    if model.family not in CALIBRATED_FAMILIES:
+        raise UnsupportedError(
+            f"family {model.family} is rounded without calibration; methods and byte budgets that run it on a text are"
+            f" for {', '.join(CALIBRATED_FAMILIES)}",
+            "use --method rtn",
+        )
 
 
 def make_plan(model: ModelSpec, name: str, recipe: Recipe, choices: Mapping[str, Option] | None = None) -> QuantPlan:
@@ -79,7 +114,7 @@ def budget_codecs(
     assert recipe.budget is not None
     found = {}
     for tensor in model.tensors:
-        if tensor.role.endswith("norm") or tensor.grid is not None:
+        if is_vector(tensor.role) or tensor.grid is not None:
             continue
         known = known_codecs(tensor.role, model, target.formats[format_], format_)
         rule = recipe.budget.codecs_of(tensor.role, model.tied)
@@ -202,7 +237,7 @@ def _resident_bytes(planned: TensorPlan, plan: QuantPlan, runtime: Runtime, form
     gathered embedding stays as it is. A tied one is both, in two copies.
     """
     tensor, grid = planned.tensor, codec(planned.codec)
-    if format_ == "gguf" or runtime.provider != "cpu" or tensor.role.endswith("norm"):
+    if format_ == "gguf" or runtime.provider != "cpu" or is_vector(tensor.role):
         return planned.bytes
     if is_float(planned.codec):
         packed = 4 * tensor.size
@@ -246,7 +281,7 @@ def require_kernels(plan: QuantPlan, target_name: str, target: Target, format_: 
     runtime, model = target.formats[format_], plan.model
     for role, name in dict.fromkeys((t.tensor.role, t.codec) for t in plan.tensors):
         known = known_codecs(role, model, runtime, format_)
-        if name not in known and not (is_float(name) and role.endswith("norm")):
+        if name not in known and not (is_float(name) and is_vector(role)):
             raise UnsupportedError(
                 f"recipe {plan.recipe} has codec {name} for role {role}; {runtime.name} has no kernel for it",
                 f"codecs there: {', '.join(known)}; recipe of target {target_name}: {runtime.recipe}",

@@ -13,12 +13,12 @@ from phi3edge.codecs import codec_names, holds, is_float
 from phi3edge.errors import ConfigError, UsageError
 from phi3edge.gates import Gates, known_gates
 from phi3edge.registry import did_you_mean
-from phi3edge.types import ROLES, TensorSpec
+from phi3edge.types import ROLES, TensorSpec, is_vector
 
 Method = Literal["rtn", "awq", "gptq", "awq+gptq"]
 METHODS = get_args(Method)
 GROUPS = ("linear", "norm")
-"""Names in [codecs] that stand for several roles: every linear, every norm. A role's own name wins over its group."""
+"""Names in [codecs] that stand for several roles: all linears; all norms and biases. A role's own name wins."""
 
 
 def _known_codec(name: str) -> str:
@@ -204,8 +204,8 @@ class Recipe(Strict):
 
 
 def group(role: str) -> str:
-    """The group that a role belongs to in a recipe: "norm" or "linear"."""
-    return "norm" if role.endswith("norm") else "linear"
+    """The group that a role belongs to in a recipe: "norm", which biases are part of, or "linear"."""
+    return "norm" if is_vector(role) else "linear"
 
 
 def load_recipe(name: str) -> tuple[str, Recipe]:
@@ -215,10 +215,12 @@ def load_recipe(name: str) -> tuple[str, Recipe]:
         ConfigError: unknown name, or a file that is not a recipe.
     """
     stem, recipe = _toml.load("recipes", name, Recipe)
-    for role in ("attn_norm", "ffn_norm", "output_norm"):
+    for role in filter(is_vector, ROLES):
         codec = recipe.codecs.get(role) or recipe.codecs["norm"]
         if not is_float(codec):
-            raise ConfigError(f"recipe {stem}: role {role} has codec {codec}; norms stay in a float codec such as f32")
+            raise ConfigError(
+                f"recipe {stem}: role {role} has codec {codec}; norms and biases stay in a float codec such as f32"
+            )
     return stem, recipe
 
 

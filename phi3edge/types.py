@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,20 @@ ROLES = (
     "ffn_down",
     "output_norm",
     "head",
+    "attn_norm_bias",
+    "attn_qkv_bias",
+    "attn_output_bias",
+    "ffn_norm_bias",
+    "ffn_gate_up_bias",
+    "ffn_down_bias",
+    "output_norm_bias",
 )
 """What a tensor of a decoder is for. Recipes speak of roles, never of tensor names."""
+
+
+def is_vector(role: str) -> bool:
+    """Whether tensors of a role are vectors, norms and biases: they stay floats, and no bytes are saved on them."""
+    return role.endswith(("norm", "bias"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +85,7 @@ class Rope:
         short_factors: dim / 2 of them; None for a plain rotary embedding.
         long_factors: the same for sequences longer than the original context.
         attention_factor: what cosine and sine are multiplied by.
+        long_attention_factor: the same for longer sequences, where that is another number.
     """
 
     theta: float
@@ -79,11 +93,40 @@ class Rope:
     short_factors: tuple[float, ...] | None = None
     long_factors: tuple[float, ...] | None = None
     attention_factor: float = 1.0
+    long_attention_factor: float | None = None
 
     @property
     def by_length(self) -> bool:
         """Whether longer sequences are rotated by other factors."""
         return self.short_factors is not None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSparse:
+    """Which keys a query sees in block-sparse attention, by blocks of `block` positions.
+
+    Causal, and of the blocks before its own a query sees the nearest `local` (its own is one of them) and every
+    `stride`-th: those where (block + shift * head + 1) is a multiple of `stride`.
+
+    Attributes:
+        shift: by how many blocks the stripes of one head are before those of the next; 0 if all heads see the same.
+        dense_every: every so many layers, the last of each group sees everything.
+    """
+
+    block: int
+    local: int
+    stride: int
+    shift: int
+    dense_every: int
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer, numbered from 0, is block-sparse."""
+        return (layer + 1) % self.dense_every != 0
+
+    @property
+    def patterns(self) -> int:
+        """How many different ones there are; heads take them in turn."""
+        return self.stride // math.gcd(self.shift, self.stride)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +141,14 @@ class ModelSpec:
         eos_token_ids: every id that ends a generation: config.json's and generation_config.json's, in that order.
         dtype: dtype of the weights in the checkpoint ("bfloat16", "float16", "float32").
         tied: the head is the embedding; then `tensors` has no "head".
+        activation: "silu" (SwiGLU), or "gegelu": a * sigmoid(1.702 a) * (b + 1), a and b in turn in the rows.
+        activation_limit: gegelu's a is at most so large, and b at most that far from 0; None for no limit.
+        layer_norm: norms are LayerNorms, with biases, and not RMSNorms.
+        block_sparse: the pattern of the layers that do not see everything, or None.
+        attention_scale: what query times key is multiplied by; None for 1 / sqrt(head_dim).
+        embedding_scale: what embeddings are multiplied by.
+        logit_scale: what logits are multiplied by.
+        masked_ids: tokens that are never predicted: their logits are the least float.
     """
 
     family: str
@@ -121,6 +172,13 @@ class ModelSpec:
     pad_token_id: int | None
     dtype: str
     tensors: tuple[TensorSpec, ...] = field(repr=False)
+    activation_limit: float | None = None
+    layer_norm: bool = False
+    block_sparse: BlockSparse | None = None
+    attention_scale: float | None = None
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    masked_ids: tuple[int, ...] = ()
 
     @property
     def parameters(self) -> int:

@@ -10,7 +10,19 @@ import math
 from typing import Any
 
 from phi3edge.errors import CheckpointError, UnsupportedError
-from phi3edge.registry import did_you_mean
+from phi3edge.families._reading import (
+    boolean,
+    dtype_of,
+    eos_ids,
+    factors,
+    is_int,
+    layer_count,
+    number,
+    positive,
+    refuse_unknown,
+    short,
+    token_id,
+)
 from phi3edge.types import JSON, ModelSpec, Part, Rope, TensorSpec
 
 ARCHITECTURE = "Phi3ForCausalLM"
@@ -80,8 +92,6 @@ LONGROPE = ("longrope", "su")
 
 ROPE_KEYS = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
 LONGROPE_KEYS = {"short_factor", "long_factor", "attention_factor"}
-DTYPES = ("bfloat16", "float16", "float32")
-MOST_LAYERS = 1000  # a plan lists every tensor; the largest models have a tenth of it
 
 
 def parse(config: JSON, generation_config: JSON | None, name: str) -> ModelSpec:
@@ -99,12 +109,12 @@ def parse(config: JSON, generation_config: JSON | None, name: str) -> ModelSpec:
     architectures = config.get("architectures") or [ARCHITECTURE]
     if architectures != [ARCHITECTURE]:
         raise UnsupportedError(f"config.json: architectures is {architectures}; this family reads ['{ARCHITECTURE}']")
-    refuse_unknown(config)
+    refuse_unknown(config, "phi3", USED, NO_EFFECT, FIXED)
 
-    hidden, heads = _positive(config, "hidden_size"), _positive(config, "num_attention_heads")
+    hidden, heads = positive(config, "hidden_size"), positive(config, "num_attention_heads")
     if hidden % heads:
         raise CheckpointError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    kv_heads = _positive(config, "num_key_value_heads", default=heads)
+    kv_heads = positive(config, "num_key_value_heads", default=heads)
     if heads % kv_heads:
         raise CheckpointError(
             f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
@@ -114,21 +124,13 @@ def parse(config: JSON, generation_config: JSON | None, name: str) -> ModelSpec:
         raise UnsupportedError(
             f"config.json: head_dim is {config['head_dim']}; supported: hidden_size / num_attention_heads = {head_dim}"
         )
-    context = _positive(config, "max_position_embeddings")
-    original = _positive(config, "original_max_position_embeddings", default=context)
+    context = positive(config, "max_position_embeddings")
+    original = positive(config, "original_max_position_embeddings", default=context)
     window = config.get("sliding_window")
-    if window is not None and (not _is_int(window) or window <= 0):
+    if window is not None and (not is_int(window) or window <= 0):
         raise CheckpointError(f"config.json: sliding_window is {window!r}; expected a positive integer or null")
-    dtype = config.get("torch_dtype") or config.get("dtype") or "float32"
-    if dtype not in DTYPES:
-        raise UnsupportedError(f"config.json: dtype is {dtype!r}; supported: {', '.join(DTYPES)}")
-    tied = config.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        raise CheckpointError(f"config.json: tie_word_embeddings is {tied!r}; expected true or false")
-    vocab = _positive(config, "vocab_size")
-    layers, intermediate = _positive(config, "num_hidden_layers"), _positive(config, "intermediate_size")
-    if layers > MOST_LAYERS:
-        raise UnsupportedError(f"config.json: num_hidden_layers is {layers}; supported: at most {MOST_LAYERS}")
+    tied, vocab = boolean(config, "tie_word_embeddings", False), positive(config, "vocab_size")
+    layers, intermediate = layer_count(config), positive(config, "intermediate_size")
     generation = generation_config or {}
     return ModelSpec(
         family="phi3",
@@ -144,30 +146,15 @@ def parse(config: JSON, generation_config: JSON | None, name: str) -> ModelSpec:
         original_context_length=original,
         sliding_window=window,
         rope=_rope(config, head_dim, context, original),
-        norm_eps=_number(config, "rms_norm_eps", 1e-5),
+        norm_eps=number(config, "rms_norm_eps", 1e-5),
         activation="silu",
         tied=tied,
-        bos_token_id=_token_id("bos_token_id", config.get("bos_token_id"), vocab),
-        eos_token_ids=_eos_ids(config.get("eos_token_id"), generation.get("eos_token_id"), vocab),
-        pad_token_id=_token_id("pad_token_id", config.get("pad_token_id"), vocab),
-        dtype=dtype,
+        bos_token_id=token_id("bos_token_id", config.get("bos_token_id"), vocab),
+        eos_token_ids=eos_ids(config.get("eos_token_id"), generation.get("eos_token_id"), vocab),
+        pad_token_id=token_id("pad_token_id", config.get("pad_token_id"), vocab),
+        dtype=dtype_of(config),
         tensors=tuple(_tensors(layers, hidden, intermediate, heads * head_dim, kv_heads * head_dim, vocab, tied)),
     )
-
-
-def refuse_unknown(config: JSON) -> None:
-    """Raise UnsupportedError for a key that is not known, or a fixed key with another value than we compute with."""
-    known = USED | NO_EFFECT | set(FIXED)
-    for key, value in config.items():
-        if key in FIXED and value not in FIXED[key]:
-            raise UnsupportedError(
-                f"config.json: {key} is {_short(value)}; family phi3 computes with {_short(FIXED[key][0])} only"
-            )
-        if key not in known:
-            raise UnsupportedError(
-                f"config.json: unknown key {key!r} (value {_short(value)}): it may change what the model computes",
-                did_you_mean(key, sorted(known)),
-            )
 
 
 def _tensors(layers: int, hidden: int, intermediate: int, q: int, kv: int, vocab: int, tied: bool) -> list[TensorSpec]:
@@ -200,19 +187,19 @@ def _rope(config: JSON, head_dim: int, context: int, original: int) -> Rope:
     scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
     for key, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
         if value is not None and not isinstance(value, dict):
-            raise CheckpointError(f"config.json: {key} is {_short(value)}; expected an object")
+            raise CheckpointError(f"config.json: {key} is {short(value)}; expected an object")
     merged = {**(parameters or {}), **(scaling or {})}
     kind = merged.get("rope_type") or merged.get("type") or "default"
     where = "rope_scaling" if scaling else "rope_parameters"
     if kind not in ("default", *LONGROPE):
         known = ", ".join(("default", *LONGROPE))
-        raise UnsupportedError(f"config.json: {where} is of type {_short(kind)}; family phi3 computes {known}")
+        raise UnsupportedError(f"config.json: {where} is of type {short(kind)}; family phi3 computes {known}")
     if unknown := sorted(set(merged) - ROPE_KEYS - (LONGROPE_KEYS if kind in LONGROPE else set())):
         raise UnsupportedError(f"config.json: unknown key {unknown[0]!r} in {where}")
-    theta = _number(merged, "rope_theta", _number(config, "rope_theta", 10000.0))
+    theta = number(merged, "rope_theta", number(config, "rope_theta", 10000.0))
     if "rope_theta" in config and config["rope_theta"] != theta:
         raise CheckpointError(f"config.json: rope_theta is {config['rope_theta']}, but rope_parameters says {theta}")
-    share = _number(merged, "partial_rotary_factor", _number(config, "partial_rotary_factor", 1.0))
+    share = number(merged, "partial_rotary_factor", number(config, "partial_rotary_factor", 1.0))
     dim = int(head_dim * share)
     if share > 1 or dim % 2 or dim == 0:
         raise CheckpointError(
@@ -228,65 +215,7 @@ def _rope(config: JSON, head_dim: int, context: int, original: int) -> Rope:
     return Rope(
         theta,
         dim,
-        short_factors=_factors(merged, "short_factor", dim),
-        long_factors=_factors(merged, "long_factor", dim),
-        attention_factor=factor if given is None else _number(merged, "attention_factor", factor),
+        short_factors=factors(merged, "short_factor", dim),
+        long_factors=factors(merged, "long_factor", dim),
+        attention_factor=factor if given is None else number(merged, "attention_factor", factor),
     )
-
-
-def _factors(parameters: JSON, key: str, dim: int) -> tuple[float, ...]:
-    values = parameters.get(key)
-    if not isinstance(values, list) or len(values) != dim // 2:
-        raise CheckpointError(f"config.json: {key} is {_short(values)}; expected a list of {dim // 2} numbers")
-    return tuple(_number({key: value}, key, math.nan) for value in values)
-
-
-def _eos_ids(config_ids: Any, generation_ids: Any, vocab: int) -> tuple[int, ...]:
-    """All ids that end a generation, from an id or a list in each of the two files, first seen first."""
-    ids: list[int] = []
-    for key, value in (
-        ("config.json: eos_token_id", config_ids),
-        ("generation_config.json: eos_token_id", generation_ids),
-    ):
-        for one in value if isinstance(value, list) else [value]:
-            token = _token_id(key, one, vocab)
-            if token is not None and token not in ids:
-                ids.append(token)
-    return tuple(ids)
-
-
-def _token_id(key: str, value: Any, vocab: int) -> int | None:
-    if value is None:
-        return None
-    if not _is_int(value) or not 0 <= value < vocab:
-        raise CheckpointError(f"{key} is {_short(value)}; expected an id from 0 to {vocab - 1}")
-    return value
-
-
-def _positive(config: JSON, key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    if value is None:
-        value = default
-    if value is None:
-        raise CheckpointError(f"config.json: {key} is missing")
-    if not _is_int(value) or not 0 < value < 2**31:
-        raise CheckpointError(f"config.json: {key} is {_short(value)}; expected a positive integer below 2^31")
-    return value
-
-
-def _number(config: JSON, key: str, default: float) -> float:
-    value = config.get(key)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
-        raise CheckpointError(f"config.json: {key} is {_short(value)}; expected a positive number")
-    return float(value)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
