@@ -1,4 +1,4 @@
-"""What an artifact is held against: the checkpoint itself, in float32 through transformers.
+"""What an artifact is held against: the checkpoint itself, in float32 through transformers (Phi-3-small: our own).
 
 The reference's figures of the scored positions are kept in the cache, so that a second artifact of the same checkpoint
 costs no second pass: log-probabilities of the text's own tokens exactly (float32), and the distributions as
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from phi3edge import machine, prequantized
+from phi3edge import __version__, machine, prequantized
 from phi3edge.cache import cache_dir
 from phi3edge.checkpoint import open_checkpoint
 from phi3edge.distributions import DRAWN, TOP, Distributions, Keeper, open_kept
@@ -195,13 +195,14 @@ def _run(checkpoint: Path, wanted: Wanted, work: Path, stages: Stages) -> None:
                 answers.append(_greedy(model, prompt, wanted.greedy_tokens, eos_ids(checkpoint)))
                 advance(1)
     np.save(work / "text_log_probs.npy", text_log_probs)
-    software = {"transformers": transformers.__version__, "torch": torch.__version__}
+    computed = {"phi3edge": __version__} if _is_ours(checkpoint) else {"transformers": transformers.__version__}
+    software = {**computed, "torch": torch.__version__}
     notes = {"greedy": [a for a, _ in answers], "ended": [ended for _, ended in answers], "software": software}
     (work / "notes.json").write_text(json.dumps(notes))
 
 
 def load_model(checkpoint: Path) -> Any:
-    """The checkpoint in float32, as a model of transformers.
+    """The checkpoint in float32, as a model of transformers; for Phi-3-small, one that is called like them.
 
     Raises:
         MissingExtraError: torch or transformers is not installed.
@@ -220,6 +221,10 @@ def load_model(checkpoint: Path) -> Any:
 
 def _load(checkpoint: Path) -> Any:
     """The model in float32; what its checkpoint stores as integers is dequantized first, as transformers needs it."""
+    if _is_ours(checkpoint):
+        from phi3edge.phi3small import load_phi3small
+
+        return load_phi3small(checkpoint)
     transformers = _transformers()
     import torch
 
@@ -236,6 +241,11 @@ def _load(checkpoint: Path) -> Any:
     del config.quantization_config
     model = getattr(transformers, config.architectures[0])
     return model.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
+
+
+def _is_ours(checkpoint: Path) -> bool:
+    """Whether phi3edge computes the model itself, because transformers has none."""
+    return _config(checkpoint, "config.json").get("model_type") == "phi3small"
 
 
 def _is_prequantized(checkpoint: Path) -> bool:
