@@ -29,6 +29,7 @@ from phi3edge.distributions import DRAWN, TOP, Distributions, Keeper, open_kept
 from phi3edge.errors import CheckpointError, MissingExtraError, OutputError, Phi3EdgeError, UsageError
 from phi3edge.families import parse_config
 from phi3edge.hf_config import readable_config
+from phi3edge.hf_tokenizer import load_hf_tokenizer
 from phi3edge.progress import Stages, silent
 from phi3edge.types import JSON
 from phi3edge.units import size
@@ -92,11 +93,11 @@ def load_tokenizer(checkpoint: Path) -> Any:
         MissingExtraError: transformers is not installed.
         CheckpointError: the folder has no tokenizer that transformers can read.
     """
-    transformers = _transformers()
+    _transformers()
     try:
-        return transformers.AutoTokenizer.from_pretrained(
-            checkpoint, config=readable_config(checkpoint), trust_remote_code=False, local_files_only=True
-        )
+        return load_hf_tokenizer(checkpoint)
+    except Phi3EdgeError:
+        raise
     except Exception as error:  # transformers raises many kinds
         raise CheckpointError(
             f"transformers cannot read the tokenizer of {checkpoint.name}: {_one_line(error)}"

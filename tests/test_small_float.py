@@ -188,6 +188,7 @@ def test_the_reference_pass_answers_with_it(model: Path, tmp_path: Path, monkeyp
     finite = np.array(expected) > -1e30  # the text has dummy ids too
     np.testing.assert_allclose(kept.text_log_probs[0][finite], np.array(expected)[finite], atol=1e-4)
     sequence = tokens[:9].tolist()
+    assert kept.greedy[0]
     for token in kept.greedy[0]:
         assert token == run(load_model(model), np.array(sequence))[-1].argmax()
         sequence.append(token)
