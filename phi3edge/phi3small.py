@@ -19,7 +19,8 @@ from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
 from phi3edge.checkpoint import open_checkpoint
 from phi3edge.families import parse_config
-from phi3edge.types import BlockSparse, ModelSpec, Rope
+from phi3edge.rotation import rotation
+from phi3edge.types import BlockSparse, ModelSpec
 
 QUERIES = 256
 """Whose attention is computed at once."""
@@ -176,18 +177,6 @@ def visible(sparse: BlockSparse | None, heads: int, start: int, stop: int) -> Te
     near = queries // sparse.block - blocks < sparse.local
     shifts = torch.arange(heads)[:, None, None] * sparse.shift
     return causal & (near | ((blocks + shifts + 1) % sparse.stride == 0))
-
-
-def rotation(rope: Rope, is_long: bool, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Scaled cosines and sines of the positions start to stop, float32 (positions, rotated channels)."""
-    factors = rope.long_factors if is_long else rope.short_factors
-    scale = rope.attention_factor
-    if is_long and rope.long_attention_factor is not None:
-        scale = rope.long_attention_factor
-    exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
-    frequencies = 1 / (rope.theta**exponents * (torch.tensor(factors) if factors else 1))
-    turns = torch.outer(torch.arange(start, stop, dtype=torch.float32), frequencies).repeat(1, 2)
-    return turns.cos() * scale, turns.sin() * scale
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:

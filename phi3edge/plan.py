@@ -276,9 +276,14 @@ def require_kernels(plan: QuantPlan, target_name: str, target: Target, format_: 
     """Raise unless the target's runtime has kernels for every codec of a plan.
 
     Raises:
-        UnsupportedError: with the role, its codec, and the codecs that the runtime takes there.
+        UnsupportedError: with the role, its codec, and the codecs that the runtime takes there; or with the KV cache.
     """
     runtime, model = target.formats[format_], plan.model
+    if runtime.kv_cache == "int8" and model.block_sparse:
+        raise UnsupportedError(
+            f"{model.name} keeps its KV cache in floats: ONNX Runtime's SparseAttention has none of 8 bits",
+            "use --kv-cache f32",
+        )
     for role, name in dict.fromkeys((t.tensor.role, t.codec) for t in plan.tensors):
         known = known_codecs(role, model, runtime, format_)
         if name not in known and not (is_float(name) and is_vector(role)):
