@@ -1,5 +1,6 @@
 """Small random Phi-3-small checkpoints in the layout and configuration style of the original ones."""
 
+import base64
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,11 @@ from typing import Any
 
 import torch
 from _models import DTYPES, write_tokenizer, write_weights
+from _tokenizers import corpus
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+from phi3edge.hf_tokenizer import byte_letters
+from phi3edge.tokenizer import LLAMA3
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,11 @@ class Small:
 
 SMALL = Small()
 ORIGINAL, CONTEXT = 256, 1024
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{'<|' + message['role'] + '|>' + '\n' + message['content'] + '<|end|>\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 
 
 def small_config(shape: Small = SMALL, **changes: Any) -> dict[str, Any]:
@@ -141,3 +152,35 @@ def write_small(folder: Path, shape: Small = SMALL, seed: int = 0, **changes: An
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": [0, 3]}))
     write_tokenizer(folder, shape.vocab)
     return folder
+
+
+def train_ranks(count: int) -> list[bytes]:
+    """A small vocabulary of ranks, trained on code and on runs of one character, where the order of merges shows."""
+    trained = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(LLAMA3), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trained.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    runs = ["a" * n for n in range(2, 30)] + ["ab" * n + "a" for n in range(2, 20)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=count, initial_alphabet=alphabet, show_progress=False)
+    trained.train_from_iterator([*corpus(), *runs * 20], trainer)
+    byte = {letter: n for n, letter in byte_letters().items()}
+    vocabulary = sorted(trained.get_vocab().items(), key=lambda item: item[1])
+    assert len(vocabulary) == count
+    return [bytes(byte[letter] for letter in token) for token, _ in vocabulary]
+
+
+def write_ranks(folder: Path, ranks: list[bytes]) -> None:
+    """The tokenizer as the original checkpoints have it: a file of ranks, and a class that only their code has."""
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks)]
+    (folder / "cl100k_base.tiktoken").write_text("".join(lines))
+    config = {
+        "auto_map": {"AutoTokenizer": ["tokenization_phi3_small.Phi3SmallTokenizer", None]},
+        "bos_token": "<|endoftext|>",
+        "chat_template": TEMPLATE,
+        "eos_token": "<|endoftext|>",
+        "model_max_length": 8192,
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "Phi3SmallTokenizer",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))

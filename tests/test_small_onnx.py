@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _small import CONTEXT, ORIGINAL, SMALL, Small, longrope, write_small
+from _small import CONTEXT, ORIGINAL, SMALL, Small, longrope, train_ranks, write_ranks, write_small
 
 from phi3edge.build import export
+from phi3edge.errors import UnsupportedError
+from phi3edge.proof import Protocol, validate_artifact
 from phi3edge.reference import load_model
 from phi3edge.runners import ort_genai
+from phi3edge.validate import Windows
 
 og = pytest.importorskip("onnxruntime_genai")
 
@@ -110,3 +113,41 @@ def test_rounded_recipes_stay_near(recipe: str, tmp_path: Path) -> None:
     kl = (p.exp() * (p - q)).sum(-1).mean()
     assert "f32" not in codecs
     assert 1e-6 < kl < (0.01 if recipe == "int8" else 0.5)
+
+
+def test_an_artifact_is_proven_with_its_own_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHI3EDGE_CACHE", str(tmp_path / "cache"))
+    ranks = 900
+    special = {"bos_token_id": ranks + 1, "eos_token_id": ranks + 1, "dummy_token_indices": [ranks, ranks + 2]}
+    model = write_small(tmp_path / "in", Small(vocab=ranks + 96), **longrope(), **special)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (model / name).unlink()
+    write_ranks(model, train_ranks(ranks))
+    made = export(str(model), "cpu", format_="onnx", recipe="f32", out=tmp_path / "out", context=512)
+    report, *_ = validate_artifact(made.folder, protocol=Protocol(windows=Windows(2, 64), threads=1))
+    found = {name: metric.value for name, metric in report.metrics.items()}
+    assert found["kl_mean"] < 1e-6
+    assert found["ppl_ratio"] == pytest.approx(1, abs=1e-5)
+    assert (found["tokenizer_mismatches"], found["eog_missing"], found["greedy_agreement"]) == (0, 0, 1)
+    bands = {(band.first, band.tokens, band.allocated): band.kl.value for band in report.positions}
+    assert {(16, 256), (32, 256), (240, 256), (256, 512), (495, 512)} == {place[:2] for place in bands}
+    assert max(bands.values()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "says"),
+    [
+        ("directml", {}, "runs on the CPU only: provider dml has no block-sparse attention"),
+        ("cpu", {"kv_cache": "int8"}, "SparseAttention has none of 8 bits"),
+    ],
+)
+def test_what_no_runtime_does_is_refused(target: str, options: dict, says: str, tmp_path: Path) -> None:
+    model = write_small(tmp_path / "in")
+    with pytest.raises(UnsupportedError, match=says):
+        export(str(model), target, format_="onnx", out=tmp_path / "out", context=CONTEXT, **options)
+
+
+def test_blocks_that_the_runtime_does_not_take_are_refused(tmp_path: Path) -> None:
+    model = write_small(tmp_path / "in", blocksparse_block_size=48)
+    with pytest.raises(UnsupportedError, match=r"blocksparse_block_size is 48; .* takes 16, 32, 64, 128"):
+        export(str(model), "cpu", format_="onnx", out=tmp_path / "out", context=CONTEXT)

@@ -1,7 +1,6 @@
 # ruff: noqa: RUF001
 """Phi-3-small's vocabulary of ranks as a tokenizer: the ids are those of tiktoken's own rules, also in the runtime."""
 
-import base64
 import json
 import random
 from itertools import pairwise
@@ -9,17 +8,15 @@ from pathlib import Path
 
 import pytest
 import regex
-from _small import SMALL, Small, small_config
+from _small import SMALL, Small, small_config, train_ranks, write_ranks
 from _tokenizers import TEXTS, corpus
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from phi3edge.emitters._genai_tokenizer import tokenizer_files
 from phi3edge.errors import CheckpointError
 from phi3edge.families import parse_config
-from phi3edge.hf_tokenizer import SPECIAL_TOKENS, byte_letters, read_ranks
+from phi3edge.hf_tokenizer import SPECIAL_TOKENS, read_ranks
 from phi3edge.parity import STRINGS
 from phi3edge.reference import load_tokenizer
-from phi3edge.tokenizer import LLAMA3
 
 CL100K = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
@@ -29,11 +26,6 @@ CL100K = (
 
 RANKS = 900
 SPECIAL = {token: RANKS + n for n, token in enumerate(SPECIAL_TOKENS)}
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{'<|' + message['role'] + '|>' + '\n' + message['content'] + '<|end|>\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
 WORDS = (
     "aaaa", "a", " a", "the", " the", "  ", "\n", "\r\n", "\t", "é", "你", "🙂", "123", "12345", "'s", "'RE", "==",
     "<|end|>", "<|user|>", "<|endoftext|>", "<|dummy_id_9|>", "<|", "\u00a0", "\x00", "ı", "ſ", "'ſ", "_", "=-=-",
@@ -43,41 +35,15 @@ WORDS = (
 
 @pytest.fixture(scope="module")
 def ranks() -> list[bytes]:
-    """A small vocabulary, trained on code and on runs of one character, where the order of merges shows."""
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    runs = ["a" * n for n in range(2, 30)] + ["ab" * n + "a" for n in range(2, 20)]
-    trainer = trainers.BpeTrainer(vocab_size=RANKS, initial_alphabet=alphabet, show_progress=False)
-    trained.train_from_iterator([*corpus(), *runs * 20], trainer)
-    byte = {letter: n for n, letter in byte_letters().items()}
-    vocabulary = sorted(trained.get_vocab().items(), key=lambda item: item[1])
-    assert len(vocabulary) == RANKS
-    return [bytes(byte[letter] for letter in token) for token, _ in vocabulary]
+    return train_ranks(RANKS)
 
 
 @pytest.fixture(scope="module")
 def folder(ranks: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiktoken")
-    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks)]
-    (path / "cl100k_base.tiktoken").write_text("".join(lines))
+    write_ranks(path, ranks)
     config = small_config(Small(vocab=RANKS + 96), bos_token_id=RANKS + 1, eos_token_id=RANKS + 1)
     (path / "config.json").write_text(json.dumps(config))
-    tokenizer_config = {
-        "auto_map": {"AutoTokenizer": ["tokenization_phi3_small.Phi3SmallTokenizer", None]},
-        "bos_token": "<|endoftext|>",
-        "chat_template": TEMPLATE,
-        "eos_token": "<|endoftext|>",
-        "model_max_length": 8192,
-        "pad_token": "<|endoftext|>",
-        "tokenizer_class": "Phi3SmallTokenizer",
-    }
-    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     return path
 
 
