@@ -15,6 +15,7 @@ import numpy as np
 from phi3edge import __version__, card, folders, manifest, recipes
 from phi3edge.budget import Budget
 from phi3edge.budget_plan import SEQUENCES, TOKENS, budget_recipe, find_budget, plan_within, require_room
+from phi3edge.centring import Centred
 from phi3edge.checkpoint import SMALL_FILES
 from phi3edge.emitters import FILES, Job, open_emitter
 from phi3edge.errors import MissingExtraError, UnsupportedError, UsageError
@@ -136,6 +137,11 @@ def prepare_spec(
         )
     mix = with_method(mix, rounding.method)
     budget = find_budget(recipe_name, mix, budget)
+    if spec.experts and (budget or rounding.statistics or rounding.method not in (None, "rtn")):
+        raise UnsupportedError(
+            f"{spec.name}: calibration, statistics and byte budgets are not computed for a mixture of experts",
+            "use --method rtn, without --statistics and --budget",
+        )
     if budget:
         require_room(budget, spec, recipe_name, mix, device, chosen)
     tokens = choose_context(spec, device, chosen, context)
@@ -261,11 +267,12 @@ def export(
         job = Job(ready.plan, ready.recipe, source, ready.runtime, ready.fit.context, name_, limit, scales)
         emitter = open_emitter(ready.format, job)
         rounded = round_weights(source, ready.plan, rounding, ready.runtime.kv_cache, stages)
+        weights = Centred(source, spec) if spec.norm == "layer" and ready.format == "gguf" else rounded.source
         with new_folder(folder, lambda: folders.require_free(folder, force)) as partial:
             with (
                 stages("quantize", ready.plan.weight_bytes) as advance,
                 source.each_read_once(spec) if rounded.rows is None else nullcontext(),  # calibration read them before
-                closing(quantize(rounded.source, ready.plan, threads, rounded.rows, rounded.statistics)) as stream,
+                closing(quantize(weights, ready.plan, threads, rounded.rows, rounded.statistics)) as stream,
             ):
                 files = emitter.emit(stream, partial, advance)
             taken = sum(f.bytes for f in files)

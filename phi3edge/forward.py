@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from phi3edge.plan import require_calibration
+from phi3edge.errors import UnsupportedError
 from phi3edge.types import ModelSpec
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ Observe = Callable[[str, Tensor], None]
 class Decoder:
     """What is computed between the linears of a model."""
 
+    NORM = "rms"
+
     def __init__(self, spec: ModelSpec, device: str | torch.device = "cpu") -> None:
         """Rotary frequencies.
 
@@ -46,9 +48,13 @@ class Decoder:
             device: where everything is computed.
 
         Raises:
-            UnsupportedError: a family whose blocks are something else.
+            UnsupportedError: a family with other blocks than these.
         """
-        require_calibration(spec)
+        if spec.norm != self.NORM:
+            raise UnsupportedError(
+                f"calibration, byte budgets and figures by layer are not computed for family {spec.family}",
+                "use --method rtn without statistics",
+            )
         self.spec = spec
         self.device = torch.device(device)
         rope = spec.rope

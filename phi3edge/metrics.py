@@ -49,6 +49,8 @@ METRICS = {
     "top5": Kind("reference's choice among its 5 likeliest", "min", "%", noise=0.01),
     "flips": Kind("right answers turned wrong, or wrong ones right", "max", "%", noise=0.015),
     "kl_positions": Kind("KL where long contexts break, worst", "max", "nats", noise=0.035),
+    "experts_shared": Kind("tokens with another expert near a chosen one", "max", "%"),
+    "kl_unshared": Kind("KL of the other tokens, mean", "max", "nats", noise=0.035),
     "greedy_agreement": Kind("same greedy answers", "min", "%"),
     "greedy_tokens": Kind("greedy tokens until the first difference", "min", "count"),
     "stop_agreement": Kind("stops where the reference stops", "min", "%"),

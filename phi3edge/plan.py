@@ -11,7 +11,7 @@ from phi3edge.prequantized import exact_codec
 from phi3edge.providers import codecs_for, load_provider
 from phi3edge.recipes import Recipe, shipped_recipes
 from phi3edge.targets import KV_BYTES, Format, Runtime, Target
-from phi3edge.types import JSON, ROLES, ModelSpec, Option, QuantPlan, TensorPlan, TensorSpec, is_vector, total_kl
+from phi3edge.types import JSON, ROLES, ModelSpec, Option, QuantPlan, TensorPlan, TensorSpec, stays_float, total_kl
 from phi3edge.units import size
 
 MICRO_BATCH = 512
@@ -34,18 +34,6 @@ NO_GGUF = {
 
 CALIBRATED_FAMILIES = ("phi3",)
 """Families whose blocks phi3edge computes one by one, as calibration and byte budgets need; see phi3edge.forward."""
-
-
-def require_format(model: ModelSpec, format_: Format) -> None:
-    """Raise unless a model can be written in a format.
-
-    Raises:
-        UnsupportedError: it cannot, with the reason.
-    """
-    if format_ == "gguf" and model.family in NO_GGUF:
-        raise UnsupportedError(
-            f"{model.name} cannot be a GGUF file: {NO_GGUF[model.family]}", "write it with --format onnx"
-        )
 
 
 def require_calibration(model: ModelSpec) -> None:
@@ -114,7 +102,7 @@ def budget_codecs(
     assert recipe.budget is not None
     found = {}
     for tensor in model.tensors:
-        if is_vector(tensor.role) or tensor.grid is not None:
+        if stays_float(tensor.role) or tensor.grid is not None:
             continue
         known = known_codecs(tensor.role, model, target.formats[format_], format_)
         rule = recipe.budget.codecs_of(tensor.role, model.tied)
@@ -201,12 +189,13 @@ def estimate_fit(plan: QuantPlan, target: Target, format_: Format, context: int)
 
     KV cache: 2 x layers x KV heads x head size numbers a token, allocated for all tokens at the start. Scratch: the
     float32 activations that a runtime keeps at once (logits, gate and up, four hidden states) of the tokens that it
-    computes at once. A decoded token reads every weight but the embedding (one row of it), and the keys and values of
-    all tokens before it.
+    computes at once. A decoded token reads every weight but the embedding (one row of it) and the experts that are not
+    used, and the keys and values of all tokens before it.
     """
     model, runtime = plan.model, target.formats[format_]
     kv_per_token = int(2 * model.layers * model.kv_heads * model.head_dim * KV_BYTES[runtime.kv_cache])
-    activations = 4 * (model.vocab_size + 2 * model.intermediate_size + 4 * model.hidden_size)
+    used, count = (model.experts.used, model.experts.count) if model.experts else (1, 1)
+    activations = 4 * (model.vocab_size + 2 * used * model.intermediate_size + 4 * model.hidden_size)
     resident = {t: _resident_bytes(t, plan, runtime, format_) for t in plan.tensors}
     weights = sum(resident.values())
     batch = MICRO_BATCH if format_ == "gguf" else model.context_length
@@ -215,6 +204,7 @@ def estimate_fit(plan: QuantPlan, target: Target, format_: Format, context: int)
     if largest < batch:  # then no more tokens than the context are computed at once
         largest = min(batch, free // (activations + kv_per_token))
     read = weights - sum(n for t, n in resident.items() if t.tensor.role == "embedding" and not model.tied)
+    read -= sum(n for t, n in resident.items() if t.tensor.expert is not None) * (count - used) // count
     bandwidth = target.bandwidth.gb_per_s * 1e9
     prompt = min(batch, context)
     return Fit(
@@ -237,7 +227,7 @@ def _resident_bytes(planned: TensorPlan, plan: QuantPlan, runtime: Runtime, form
     gathered embedding stays as it is. A tied one is both, in two copies.
     """
     tensor, grid = planned.tensor, codec(planned.codec)
-    if format_ == "gguf" or runtime.provider != "cpu" or is_vector(tensor.role):
+    if format_ == "gguf" or runtime.provider != "cpu" or stays_float(tensor.role):
         return planned.bytes
     if is_float(planned.codec):
         packed = 4 * tensor.size
@@ -272,6 +262,19 @@ def choose_context(model: ModelSpec, target: Target, format_: Format, wanted: in
     return wanted
 
 
+def require_format(model: ModelSpec, format_: Format) -> None:
+    """Raise UnsupportedError for a model that a format cannot hold, or that is not written in it."""
+    if model.experts and format_ == "onnx":
+        raise UnsupportedError(
+            f"{model.name}: a mixture of experts is not written to ONNX: onnxruntime's MoE has no SparseMixer on CPUs",
+            "use --format gguf",
+        )
+    if format_ == "gguf" and model.family in NO_GGUF:
+        raise UnsupportedError(
+            f"{model.name} cannot be a GGUF file: {NO_GGUF[model.family]}", "write it with --format onnx"
+        )
+
+
 def require_kernels(plan: QuantPlan, target_name: str, target: Target, format_: Format) -> None:
     """Raise unless the target's runtime has kernels for every codec of a plan.
 
@@ -286,7 +289,7 @@ def require_kernels(plan: QuantPlan, target_name: str, target: Target, format_: 
         )
     for role, name in dict.fromkeys((t.tensor.role, t.codec) for t in plan.tensors):
         known = known_codecs(role, model, runtime, format_)
-        if name not in known and not (is_float(name) and is_vector(role)):
+        if name not in known and not (is_float(name) and stays_float(role)):
             raise UnsupportedError(
                 f"recipe {plan.recipe} has codec {name} for role {role}; {runtime.name} has no kernel for it",
                 f"codecs there: {', '.join(known)}; recipe of target {target_name}: {runtime.recipe}",
@@ -301,23 +304,29 @@ def known_codecs(role: str, model: ModelSpec, runtime: Runtime, format_: Format)
 
 def warnings(plan: QuantPlan, target: Target, format_: Format, context: int) -> list[str]:
     """What an engineer should know before shipping this plan in this format on this target."""
-    runtime = target.formats[format_]
+    runtime, model = target.formats[format_], plan.model
     notes = [*target.notes, *runtime.notes]
     heeds_window = format_ == "onnx" and load_provider(runtime.provider).reads_window
-    window = plan.model.sliding_window
+    window = model.sliding_window
     if window is not None and context > window and not heeds_window:
         who = "llama.cpp" if format_ == "gguf" else runtime.name
         notes.append(
             f"The model attends to the last {window} tokens; {who} ignores that window, so beyond {window} tokens "
             "of context its answers differ from the reference."
         )
-    original = plan.model.original_context_length
-    if format_ == "gguf" and plan.model.rope.by_length:
+    original = model.original_context_length
+    if format_ == "gguf" and model.rope.by_length:
         side, other = ("up to", "above") if context <= original else ("above", "up to")
         notes.append(
             f"llama.cpp chooses LongRoPE's factors once, by the context it is opened with: this file is for contexts "
             f"{side} {original} tokens. Opened with one {other} {original}, its answers differ from the reference"
             + ("." if context <= original else f", and so do those to sequences that have at most {original} tokens.")
+        )
+    if format_ == "gguf" and model.experts:
+        notes.append(
+            "llama.cpp weighs both experts of a token by 1. Where the score of another one is within "
+            f"{200 * model.experts.jitter:g} % of a chosen one's, the model shares the weight: for such tokens, and "
+            "where they are attended to, answers differ from the reference."
         )
     if not runtime.runs_here:
         notes.append(

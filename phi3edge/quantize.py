@@ -20,6 +20,7 @@ from phi3edge.types import QuantPlan, Statistics, TensorPlan
 if TYPE_CHECKING:
     import numpy as np
 
+    from phi3edge.centring import Centred
     from phi3edge.checkpoint import Checkpoint
     from phi3edge.rewrite import Rewritten
 
@@ -33,7 +34,7 @@ PackedTensor: TypeAlias = "tuple[TensorPlan, Iterator[np.ndarray]]"
 
 
 def quantize(
-    checkpoint: Checkpoint | Rewritten,
+    checkpoint: Checkpoint | Rewritten | Centred,
     plan: QuantPlan,
     threads: int | None = None,
     rounded: Rows | None = None,
@@ -86,7 +87,7 @@ def _chunks(t: TensorPlan) -> list[tuple[int, int]]:
 
 
 def _pack_rows(
-    checkpoint: Checkpoint | Rewritten,
+    checkpoint: Checkpoint | Rewritten | Centred,
     rounded: Rows | None,
     statistics: Mapping[str, Statistics],
     t: TensorPlan,

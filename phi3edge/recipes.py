@@ -13,12 +13,14 @@ from phi3edge.codecs import codec_names, holds, is_float
 from phi3edge.errors import ConfigError, UsageError
 from phi3edge.gates import Gates, known_gates
 from phi3edge.registry import did_you_mean
-from phi3edge.types import ROLES, TensorSpec, is_vector
+from phi3edge.types import FUSED, ROLES, TensorSpec, stays_float
 
 Method = Literal["rtn", "awq", "gptq", "awq+gptq"]
 METHODS = get_args(Method)
 GROUPS = ("linear", "norm")
-"""Names in [codecs] that stand for several roles: all linears; all norms and biases. A role's own name wins."""
+"""Names in [codecs] that stand for several roles: every linear; every norm, with biases and routers, which stay floats
+like them (f32 where nothing is said). A role's own name wins over its group; that of the fused linear that it is a part
+of comes in between."""
 
 
 def _known_codec(name: str) -> str:
@@ -170,7 +172,8 @@ class Recipe(Strict):
             if key not in known:
                 raise ValueError(f"[codecs] names unknown role {key!r}; {did_you_mean(key, known)}")
         for role in ROLES:
-            if role not in self.codecs and group(role) not in self.codecs:
+            named = any(name in self.codecs for name in (role, FUSED.get(role), group(role)))
+            if not named and (role.endswith("norm") or not stays_float(role)):
                 raise ValueError(f"[codecs] says nothing for role {role!r}; name it, or its group {group(role)!r}")
         return self
 
@@ -178,10 +181,10 @@ class Recipe(Strict):
         """The codec that the recipe names for a tensor. A tied embedding is also the head: "tied" or the head's."""
         if tensor.role == "embedding" and tied:
             return self.codecs.get("tied") or self.codecs.get("head") or self.codecs["linear"]
-        role = tensor.role
-        choice = self.codecs.get(role) or self.codecs[group(role)]
+        role, fused, layer = tensor.role, FUSED.get(tensor.role, tensor.role), tensor.layer
+        choice = self.codecs.get(role) or self.codecs.get(fused) or self.codecs.get(group(role), "f32")
         for upgrade in self.upgrades:
-            if role in upgrade.roles and tensor.layer is not None and upgrade.layers.chosen(tensor.layer, layers):
+            if {role, fused} & set(upgrade.roles) and layer is not None and upgrade.layers.chosen(layer, layers):
                 choice = upgrade.codec
         return choice
 
@@ -204,8 +207,8 @@ class Recipe(Strict):
 
 
 def group(role: str) -> str:
-    """The group that a role belongs to in a recipe: "norm", which biases are part of, or "linear"."""
-    return "norm" if is_vector(role) else "linear"
+    """The group that a role belongs to in a recipe: "norm" or "linear"."""
+    return "norm" if stays_float(role) else "linear"
 
 
 def load_recipe(name: str) -> tuple[str, Recipe]:
@@ -215,11 +218,11 @@ def load_recipe(name: str) -> tuple[str, Recipe]:
         ConfigError: unknown name, or a file that is not a recipe.
     """
     stem, recipe = _toml.load("recipes", name, Recipe)
-    for role in filter(is_vector, ROLES):
-        codec = recipe.codecs.get(role) or recipe.codecs["norm"]
+    for role in filter(stays_float, ROLES):
+        codec = recipe.codecs.get(role) or recipe.codecs.get("norm", "f32")
         if not is_float(codec):
             raise ConfigError(
-                f"recipe {stem}: role {role} has codec {codec}; norms and biases stay in a float codec such as f32"
+                f"recipe {stem}: role {role} has codec {codec}; norms, biases and routers stay in floats such as f32"
             )
     return stem, recipe
 

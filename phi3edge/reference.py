@@ -1,4 +1,4 @@
-"""What an artifact is held against: the checkpoint itself, in float32 through transformers (Phi-3-small: our own).
+"""What an artifact is held against: the checkpoint itself in float32, through transformers or our own code (OWN).
 
 The reference's figures of the scored positions are kept in the cache, so that a second artifact of the same checkpoint
 costs no second pass: log-probabilities of the text's own tokens exactly (float32), and the distributions as
@@ -37,6 +37,14 @@ from phi3edge.units import size
 CACHE_BYTES = 10**9
 """What kept passes may take on disk; the oldest go first. The newest stays whatever its size."""
 
+OWN = {
+    "phimoe": "transformers forgets LongRoPE's long factors",
+    "phi3small": "transformers has none, and the repository's code needs flash-attn and triton",
+}
+"""Families that phi3edge computes itself, and why."""
+
+SHARED = "shared.npy"
+
 _FORMAT = "3"  # of the kept files
 _SAMPLES, _SAMPLE_BYTES = 256, 4096  # of each weight file, evenly spaced, to tell one model's from another's
 
@@ -72,6 +80,8 @@ class Reference:
     Attributes:
         distributions: of the chunks, shape (chunks, rows), memory maps.
         text_log_probs: float32, shape (chunks, rows): log-probability of the token that the text goes on with.
+        shared: of a mixture of experts: whether a weight of the row's token is not 1, since another expert's score is
+            near that of a chosen one; bool, shape (chunks, rows). None for other models.
         long: distributions at the positions of each long sequence, shape (positions,).
         greedy: the most likely continuation of each prompt, without the end-of-generation token.
         ended: whether an end-of-generation token came after it.
@@ -80,6 +90,7 @@ class Reference:
 
     distributions: Distributions
     text_log_probs: np.ndarray
+    shared: np.ndarray | None
     long: list[Distributions]
     greedy: list[list[int]]
     ended: list[bool]
@@ -155,6 +166,7 @@ def reference_pass(checkpoint: Path, wanted: Wanted, stages: Stages = silent) ->
     return Reference(
         distributions=open_kept(kept),
         text_log_probs=np.load(kept / "text_log_probs.npy"),
+        shared=np.load(kept / SHARED) if (kept / SHARED).exists() else None,
         long=[open_kept(kept / f"long-{n}")[0] for n in range(len(wanted.long))],
         greedy=notes["greedy"],
         ended=notes["ended"],
@@ -167,16 +179,19 @@ def _run(checkpoint: Path, wanted: Wanted, work: Path, stages: Stages) -> None:
     transformers = _transformers()
     import torch
 
+    own, mixture = model_type(checkpoint) in OWN, model_type(checkpoint) == "phimoe"
     with stages("load reference", None):
         model = load_model(checkpoint)
     vocabulary, shape = model.config.vocab_size, (len(wanted.chunks), wanted.rows)
-    text_log_probs = np.empty(shape, np.float32)
+    text_log_probs, shared = np.empty(shape, np.float32), np.zeros(shape, bool)
     with torch.inference_mode():
         with Keeper(work, shape, vocabulary) as keeper, stages("reference", len(wanted.chunks)) as advance:
             for i, chunk in enumerate(wanted.chunks):
                 ids = torch.from_numpy(chunk)
-                logits = model(ids[None], use_cache=False, logits_to_keep=wanted.rows + 1).logits[0, :-1]
-                log_probs = torch.log_softmax(logits, -1)
+                given = model(ids[None], use_cache=False, logits_to_keep=wanted.rows + 1)
+                log_probs = torch.log_softmax(given.logits[0, :-1], -1)
+                if mixture:
+                    shared[i] = given.shared[0, wanted.first : -1].numpy()
                 text_log_probs[i] = log_probs.gather(1, ids[wanted.first + 1 :, None])[:, 0].numpy()
                 keeper.add(log_probs.numpy())
                 advance(1)
@@ -196,14 +211,21 @@ def _run(checkpoint: Path, wanted: Wanted, work: Path, stages: Stages) -> None:
                 answers.append(_greedy(model, prompt, wanted.greedy_tokens, eos_ids(checkpoint)))
                 advance(1)
     np.save(work / "text_log_probs.npy", text_log_probs)
-    computed = {"phi3edge": __version__} if _is_ours(checkpoint) else {"transformers": transformers.__version__}
-    software = {**computed, "torch": torch.__version__}
+    if mixture:
+        np.save(work / SHARED, shared)
+    by = ("phi3edge", __version__) if own else ("transformers", transformers.__version__)
+    software = dict([by, ("torch", torch.__version__)])
     notes = {"greedy": [a for a, _ in answers], "ended": [ended for _, ended in answers], "software": software}
     (work / "notes.json").write_text(json.dumps(notes))
 
 
+def model_type(checkpoint: Path) -> str | None:
+    """What config.json says."""
+    return _config(checkpoint, "config.json").get("model_type")
+
+
 def load_model(checkpoint: Path) -> Any:
-    """The checkpoint in float32, as a model of transformers; for Phi-3-small, one that is called like them.
+    """The checkpoint in float32, as a model of transformers, or of ours that is called alike.
 
     Raises:
         MissingExtraError: torch or transformers is not installed.
@@ -211,6 +233,15 @@ def load_model(checkpoint: Path) -> Any:
         UsageError: the weights in float32 do not fit into this machine's free memory.
     """
     _transformers()
+    if model_type(checkpoint) in OWN:
+        if model_type(checkpoint) == "phimoe":  # whose experts need not stay in memory
+            from phi3edge.mixture import load_mixture
+
+            return load_mixture(checkpoint)
+        from phi3edge.phi3small import load_phi3small
+
+        _check_memory(checkpoint)
+        return load_phi3small(checkpoint)
     _check_memory(checkpoint)
     try:
         return _load(checkpoint).eval()
@@ -222,10 +253,6 @@ def load_model(checkpoint: Path) -> Any:
 
 def _load(checkpoint: Path) -> Any:
     """The model in float32; what its checkpoint stores as integers is dequantized first, as transformers needs it."""
-    if _is_ours(checkpoint):
-        from phi3edge.phi3small import load_phi3small
-
-        return load_phi3small(checkpoint)
     transformers = _transformers()
     import torch
 
@@ -242,11 +269,6 @@ def _load(checkpoint: Path) -> Any:
     del config.quantization_config
     model = getattr(transformers, config.architectures[0])
     return model.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
-
-
-def _is_ours(checkpoint: Path) -> bool:
-    """Whether phi3edge computes the model itself, because transformers has none."""
-    return _config(checkpoint, "config.json").get("model_type") == "phi3small"
 
 
 def _is_prequantized(checkpoint: Path) -> bool:

@@ -118,6 +118,12 @@ class Scores:
             "flips": mean_of(self.flips),
         }
 
+    def apart(self, shared: np.ndarray) -> dict[str, Metric]:
+        """Figures of a mixture of experts: see phi3edge.reference.Reference.shared, of all scored tokens in order."""
+        kl, rest = _join(self.kl), ~shared.reshape(-1)
+        found = {"experts_shared": mean_of([shared.reshape(-1)])}
+        return found | ({"kl_unshared": mean_of([kl[rest]])} if rest.any() else {})
+
     def drawing_error(self) -> float:
         """Standard error of the mean KL that comes of keeping the reference's distributions light, in nats."""
         variances = _join(self.drawing)

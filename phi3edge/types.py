@@ -13,27 +13,46 @@ if TYPE_CHECKING:
 ROLES = (
     "embedding",
     "attn_norm",
-    "attn_qkv",
-    "attn_output",
-    "ffn_norm",
-    "ffn_gate_up",
-    "ffn_down",
-    "output_norm",
-    "head",
     "attn_norm_bias",
+    "attn_qkv",
+    "attn_q",
+    "attn_q_bias",
+    "attn_k",
+    "attn_k_bias",
+    "attn_v",
+    "attn_v_bias",
     "attn_qkv_bias",
+    "attn_output",
     "attn_output_bias",
+    "ffn_norm",
     "ffn_norm_bias",
+    "router",
+    "ffn_gate_up",
+    "ffn_gate",
+    "ffn_up",
     "ffn_gate_up_bias",
+    "ffn_down",
     "ffn_down_bias",
+    "output_norm",
     "output_norm_bias",
+    "head",
+    "head_bias",
 )
 """What a tensor of a decoder is for. Recipes speak of roles, never of tensor names."""
 
+FUSED = {
+    "attn_q": "attn_qkv",
+    "attn_k": "attn_qkv",
+    "attn_v": "attn_qkv",
+    "ffn_gate": "ffn_gate_up",
+    "ffn_up": "ffn_gate_up",
+}
+"""The role that a linear is a part of in models that store it fused: a recipe that names that one means it too."""
 
-def is_vector(role: str) -> bool:
-    """Whether tensors of a role are vectors, norms and biases: they stay floats, and no bytes are saved on them."""
-    return role.endswith(("norm", "bias"))
+
+def stays_float(role: str) -> bool:
+    """Whether a role is never rounded: norms and biases, which are small, and the router, whose scores are compared."""
+    return role.endswith(("norm", "_bias")) or role == "router"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +75,9 @@ class TensorSpec:
         shape: (rows, columns) = (outputs, inputs) of a linear, (vocabulary, hidden) of an embedding, (n,) of a norm.
         parts: the named row ranges of a fused tensor, in order; empty if it is not fused.
         grid: the affine codec that the checkpoint already has it on; None for floats.
+        expert: which of a layer's experts it belongs to, or None. A checkpoint holds one tensor for each, so here each
+            is one too, read, rounded and packed by itself; those of one role and layer follow each other in order, and
+            a format that stacks them writes their bytes one after the other.
     """
 
     name: str
@@ -64,6 +86,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     parts: tuple[Part, ...] = ()
     grid: str | None = None
+    expert: int | None = None
 
     @property
     def size(self) -> int:
@@ -99,6 +122,21 @@ class Rope:
     def by_length(self) -> bool:
         """Whether longer sequences are rotated by other factors."""
         return self.short_factors is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts in place of the feed-forward network, routed by SparseMixer (arXiv 2409.12136).
+
+    Attributes:
+        count: experts of a layer.
+        used: of them, for each token.
+        jitter: an expert counts beside a chosen one if its score is less than 2 * jitter below, relatively.
+    """
+
+    count: int
+    used: int
+    jitter: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +179,15 @@ class ModelSpec:
         eos_token_ids: every id that ends a generation: config.json's and generation_config.json's, in that order.
         dtype: dtype of the weights in the checkpoint ("bfloat16", "float16", "float32").
         tied: the head is the embedding; then `tensors` has no "head".
+        norm: "rms", or "layer" for LayerNorms, which subtract the mean and have biases.
         activation: "silu" (SwiGLU), or "gegelu": a * sigmoid(1.702 a) * (b + 1), a and b in turn in the rows.
         activation_limit: gegelu's a is at most so large, and b at most that far from 0; None for no limit.
-        layer_norm: norms are LayerNorms, with biases, and not RMSNorms.
         block_sparse: the pattern of the layers that do not see everything, or None.
         attention_scale: what query times key is multiplied by; None for 1 / sqrt(head_dim).
         embedding_scale: what embeddings are multiplied by.
         logit_scale: what logits are multiplied by.
         masked_ids: tokens that are never predicted: their logits are the least float.
+        experts: of each layer; None for one feed-forward network. `intermediate_size` is then that of one expert.
     """
 
     family: str
@@ -172,13 +211,14 @@ class ModelSpec:
     pad_token_id: int | None
     dtype: str
     tensors: tuple[TensorSpec, ...] = field(repr=False)
+    norm: str = "rms"
     activation_limit: float | None = None
-    layer_norm: bool = False
     block_sparse: BlockSparse | None = None
     attention_scale: float | None = None
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     masked_ids: tuple[int, ...] = ()
+    experts: Experts | None = None
 
     @property
     def parameters(self) -> int:

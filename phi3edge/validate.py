@@ -232,6 +232,8 @@ def validate(
         "bytes": Metric(value=sum(f.bytes for f in files)),
         "reference_bytes": Metric(value=sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))),
     }
+    if reference.shared is not None:
+        metrics |= scores.apart(reference.shared)
     if found:
         metrics["kl_positions"] = max((b.kl for b in found), key=lambda m: np.nan_to_num(m.value, nan=np.inf))
     if memory is not None:
@@ -245,7 +247,7 @@ def validate(
         stride=windows.step,
         context_tokens=windows.first + 1,
         scored_tokens=len(ids) * wanted.rows,
-        reference="transformers, float32",
+        reference=f"{next(iter(reference.software))}, float32",
         distributions=f"{TOP} likeliest tokens, {DRAWN} drawn from the rest and its mass; KL by the estimator k3",
         kl_drawing_error=scores.drawing_error(),
         context=_room(context),

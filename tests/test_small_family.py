@@ -45,7 +45,7 @@ def test_small_8k_is_read_whole() -> None:
     assert (spec.layers, spec.heads, spec.kv_heads, spec.head_dim) == (32, 32, 8, 128)
     assert (spec.rope.theta, spec.rope.dim, spec.rope.by_length) == (1e6, 128, False)
     assert (spec.embedding_scale, spec.logit_scale, spec.attention_scale) == (10, 1 / 8, 1 / 128)
-    assert (spec.activation, spec.activation_limit, spec.layer_norm, spec.norm_eps) == ("gegelu", 20, True, 1e-5)
+    assert (spec.activation, spec.activation_limit, spec.norm, spec.norm_eps) == ("gegelu", 20, "layer", 1e-5)
     assert spec.block_sparse == BlockSparse(block=64, local=16, stride=8, shift=1, dense_every=2)
     assert [spec.block_sparse.is_sparse(n) for n in range(4)] == [True, False, True, False]
     assert spec.block_sparse.patterns == 8
@@ -135,7 +135,7 @@ def test_what_would_change_the_function_is_refused_by_name(change: dict) -> None
         ({"dense_attention_every_n_layers": None}, "dense_attention_every_n_layers is missing"),
         ({"blocksparse_vert_stride": 0}, "blocksparse_vert_stride"),
         ({"ff_intermediate_size": None}, "ff_intermediate_size is missing"),
-        ({"num_key_value_heads": 4}, "KV heads"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads 4"),
         ({"gegelu_limit": -1}, "gegelu_limit"),
         ({"mup_use_scaling": 1}, "mup_use_scaling"),
         (longrope(short_factor=[1.0]), "short_factor.*16 numbers"),

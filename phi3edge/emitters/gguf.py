@@ -1,4 +1,4 @@
-"""Writes a GGUF file that llama.cpp runs as architecture `phi3`.
+"""Writes a GGUF file that llama.cpp runs as architecture `phi3` or `phimoe`.
 
 Keys, names and shapes are those of llama.cpp's own converter; where it is known to go wrong, this goes another way:
 
@@ -10,6 +10,10 @@ the converter's spelling "Phi 3 Mini 4k Instruct". Here the flags decide and the
 
 End of generation. llama.cpp ends a generation at the ids of a few keys and at tokens with well-known texts. A
 checkpoint may list more ids (Phi-3: <|endoftext|>, <|assistant|>, <|end|>) than the converter's one: `end_ids`.
+
+Experts. A layer's experts are one tensor for each of gate, up and down, expert after expert: a `Stack`. The attention
+factor of `phimoe` is the checkpoint's own mscale, for which the converter writes a formula's. What llama.cpp computes
+otherwise than the model is made up for in the weights: phi3edge.centring.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -33,7 +38,9 @@ from phi3edge.gguf_names import tensor_name
 from phi3edge.tokenizer import AddedToken, Vocabulary, load_tokenizer
 from phi3edge.types import JSON, ModelSpec, QuantPlan, Source, TensorPlan
 
-ARCHITECTURE = "phi3"
+ARCHITECTURES = ("phi3", "phimoe")
+"""Families that llama.cpp has an architecture for, of the same name."""
+
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION: the layout of the blocks
 
 SPECIAL_KEYS = {"unk": "unknown", "sep": "seperator", "pad": "padding"}  # the second one is GGUF's spelling
@@ -73,7 +80,7 @@ class Emitter:
     """Writes a GGUF file, or numbered parts of one; see phi3edge.emitters.Emitter.
 
     Raises:
-        UnsupportedError: a model or tokenizer that llama.cpp's `phi3` cannot hold.
+        UnsupportedError: a model or tokenizer that llama.cpp's architectures cannot hold.
         CheckpointError: a tokenizer that cannot be read.
     """
 
@@ -97,7 +104,7 @@ class Emitter:
             generation_config=job.checkpoint.generation_config,
         )
         headers = _headers(job.plan, shared, _shards(job.plan, shared, job.split_max_size))
-        tensors = sum(_padded(t.bytes) for t in job.plan.tensors)
+        tensors = sum(_padded(stack.bytes) for stack in stacks(job.plan))
         return sum(map(len, headers)) + tensors + _constant_bytes(job.plan.model)
 
     @property
@@ -163,7 +170,7 @@ def write(
         OutputError: the disk is full, or the folder cannot be written.
         UsageError: a tensor that is larger than `split_max_size`.
         CheckpointError: a setting for sampling that is not of its kind.
-        UnsupportedError: a model that llama.cpp's `phi3` cannot hold.
+        UnsupportedError: a model that llama.cpp's architectures cannot hold.
     """
     shared = metadata(
         plan,
@@ -184,8 +191,8 @@ def write(
             for _, data in constants(plan.model) if not files else ():
                 file.write(data)
                 file.write(bytes(_padded(len(data)) - len(data)))
-            for expected in shard:
-                _write_tensor(file, expected, tensors, on_bytes)
+            for held in shard:
+                _write_stack(file, held, tensors, on_bytes)
             file.close()
             files.append(file)
         if (extra := next(tensors, None)) is not None:
@@ -208,18 +215,21 @@ def metadata(
     """The key-value pairs of the file, in the order in which they are written.
 
     Raises:
-        UnsupportedError: a model that llama.cpp's `phi3` cannot hold.
+        UnsupportedError: a model that llama.cpp's architectures cannot hold.
         CheckpointError: a setting for sampling that is not of its kind.
     """
     spec = plan.model
+    architecture = spec.family
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedError(f"llama.cpp has no architecture for family {architecture}")
     if spec.heads * spec.head_dim != spec.hidden_size:
         raise UnsupportedError(
-            f"llama.cpp's phi3 needs heads * head_dim = hidden_size, got {spec.heads} * {spec.head_dim}"
+            f"llama.cpp's {architecture} needs heads * head_dim = hidden_size, got {spec.heads} * {spec.head_dim}"
             f" and {spec.hidden_size}"
         )
     u32, f32, text, boolean = ValueType.UINT32, ValueType.FLOAT32, ValueType.STRING, ValueType.BOOL
     pairs: Metadata = {
-        "general.architecture": (text, ARCHITECTURE),
+        "general.architecture": (text, architecture),
         "general.type": (text, "model"),
         "general.name": (text, model_name(spec.name, vocabulary)),
         "general.size_label": (text, size_label(spec.parameters)),
@@ -227,22 +237,25 @@ def metadata(
     pairs |= _origin(source)
     pairs |= _sampling(generation_config or {})
     pairs |= {
-        f"{ARCHITECTURE}.context_length": (u32, context_length or spec.context_length),
-        f"{ARCHITECTURE}.rope.scaling.original_context_length": (u32, spec.original_context_length),
-        f"{ARCHITECTURE}.embedding_length": (u32, spec.hidden_size),
-        f"{ARCHITECTURE}.feed_forward_length": (u32, spec.intermediate_size),
-        f"{ARCHITECTURE}.block_count": (u32, spec.layers),
-        f"{ARCHITECTURE}.attention.head_count": (u32, spec.heads),
-        f"{ARCHITECTURE}.attention.head_count_kv": (u32, spec.kv_heads),
-        f"{ARCHITECTURE}.attention.layer_norm_rms_epsilon": (f32, spec.norm_eps),
-        f"{ARCHITECTURE}.rope.dimension_count": (u32, spec.rope.dim),
-        f"{ARCHITECTURE}.rope.freq_base": (f32, spec.rope.theta),
+        f"{architecture}.context_length": (u32, context_length or spec.context_length),
+        f"{architecture}.rope.scaling.original_context_length": (u32, spec.original_context_length),
+        f"{architecture}.embedding_length": (u32, spec.hidden_size),
+        f"{architecture}.feed_forward_length": (u32, spec.intermediate_size),
+        f"{architecture}.block_count": (u32, spec.layers),
+        f"{architecture}.attention.head_count": (u32, spec.heads),
+        f"{architecture}.attention.head_count_kv": (u32, spec.kv_heads),
+        f"{architecture}.attention.layer_norm_rms_epsilon": (f32, spec.norm_eps),
+        f"{architecture}.rope.dimension_count": (u32, spec.rope.dim),
+        f"{architecture}.rope.freq_base": (f32, spec.rope.theta),
     }
+    if spec.experts:
+        pairs[f"{architecture}.expert_count"] = (u32, spec.experts.count)
+        pairs[f"{architecture}.expert_used_count"] = (u32, spec.experts.used)
     if file_type is not None:
         pairs["general.file_type"] = (u32, file_type)
     if spec.rope.by_length:
-        pairs[f"{ARCHITECTURE}.rope.scaling.attn_factor"] = (f32, spec.rope.attention_factor)
-    pairs[f"{ARCHITECTURE}.attention.sliding_window"] = (u32, spec.sliding_window or 0)
+        pairs[f"{architecture}.rope.scaling.attn_factor"] = (f32, spec.rope.attention_factor)
+    pairs[f"{architecture}.attention.sliding_window"] = (u32, spec.sliding_window or 0)
     if any(not is_float(t.codec) for t in plan.tensors):
         pairs["general.quantization_version"] = (u32, QUANTIZATION_VERSION)
 
@@ -411,8 +424,45 @@ def _template_name(name: str) -> str:
 # Files
 
 
-def _record(tensor: TensorPlan) -> tuple[str, int, tuple[int, ...], int]:
-    return tensor_name(tensor.tensor), codec(tensor.codec).GGML_TYPE, tensor.tensor.shape, tensor.bytes
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A tensor of the file: one of the plan's, or all experts of one role and layer.
+
+    Attributes:
+        tensors: what it holds, in the order of the data; all in one codec, all of one shape.
+    """
+
+    tensors: tuple[TensorPlan, ...]
+
+    @property
+    def name(self) -> str:
+        """In the file."""
+        return tensor_name(self.tensors[0].tensor)
+
+    @property
+    def bytes(self) -> int:
+        """Size of its data."""
+        return sum(t.bytes for t in self.tensors)
+
+    @property
+    def record(self) -> tuple[str, int, tuple[int, ...], int]:
+        """Name, ggml type, shape and bytes, for the header."""
+        first = self.tensors[0]
+        count = () if first.tensor.expert is None else (len(self.tensors),)
+        return self.name, codec(first.codec).GGML_TYPE, (*count, *first.tensor.shape), self.bytes
+
+
+def stacks(plan: QuantPlan) -> list[Stack]:
+    """The tensors of the file, in order.
+
+    Raises:
+        UnsupportedError: experts of one layer in several codecs, which one tensor cannot hold.
+    """
+    found = [Stack(tuple(group)) for _, group in groupby(plan.tensors, key=lambda t: tensor_name(t.tensor))]
+    for stack in found:
+        if len(codecs := sorted({t.codec for t in stack.tensors})) > 1:
+            raise UnsupportedError(f"{stack.name} is one tensor for all experts; it cannot be {' and '.join(codecs)}")
+    return found
 
 
 def _file_names(name: str, count: int) -> list[str]:
@@ -431,44 +481,45 @@ def _split_keys(number: int, count: int, tensors: int) -> Metadata:
     }
 
 
-def _shards(plan: QuantPlan, shared: Metadata, limit: int | None) -> list[list[TensorPlan]]:
-    """The plan's tensors by file, in order, each file filled as far as its limit allows."""
+def _shards(plan: QuantPlan, shared: Metadata, limit: int | None) -> list[list[Stack]]:
+    """The file's tensors by part, in order, each part filled as far as its limit allows."""
+    found = stacks(plan)
     if limit is None:
-        return [list(plan.tensors)]
+        return [found]
     extra = constants(plan.model)
     room = [
-        limit - len(_header(shared | _split_keys(0, 2, 0), plan.tensors, extra)) - _constant_bytes(plan.model),
-        limit - len(_header(_split_keys(0, 2, 0), plan.tensors)),
+        limit - len(_header(shared | _split_keys(0, 2, 0), found, extra)) - _constant_bytes(plan.model),
+        limit - len(_header(_split_keys(0, 2, 0), found)),
     ]
-    largest = max(plan.tensors, key=lambda t: t.bytes)
+    largest = max(found, key=lambda stack: stack.bytes)
     if _padded(largest.bytes) > min(room):
         raise UsageError(
-            f"{tensor_name(largest.tensor)} has {largest.bytes} bytes, which does not fit into files of {limit} bytes",
+            f"{largest.name} has {largest.bytes} bytes, which does not fit into files of {limit} bytes",
             f"allow files of {limit - min(room) + _padded(largest.bytes)} bytes or more",
         )
     number = used = 0
     numbered = []
-    for tensor in plan.tensors:
-        size = _padded(tensor.bytes)
+    for stack in found:
+        size = _padded(stack.bytes)
         if used + size > room[min(number, 1)]:
             number, used = number + 1, 0
         used += size
-        numbered.append((number, tensor))
-    return [[tensor for _, tensor in group] for _, group in groupby(numbered, key=lambda pair: pair[0])]
+        numbered.append((number, stack))
+    return [[stack for _, stack in group] for _, group in groupby(numbered, key=lambda pair: pair[0])]
 
 
-def _headers(plan: QuantPlan, shared: Metadata, shards: list[list[TensorPlan]]) -> list[bytes]:
+def _headers(plan: QuantPlan, shared: Metadata, shards: list[list[Stack]]) -> list[bytes]:
     """Each file's header; the shared pairs and the constants are in the first."""
     extra = constants(plan.model)
-    count = len(plan.tensors) + len(extra)
+    count = sum(map(len, shards)) + len(extra)
     rest = [_header(_split_keys(n, len(shards), count), shard) for n, shard in enumerate(shards) if n]
     return [_header(shared | _split_keys(0, len(shards), count), shards[0], extra), *rest]
 
 
-def _header(pairs: Metadata, tensors: Sequence[TensorPlan], extra: Sequence[tuple[str, bytes]] = ()) -> bytes:
+def _header(pairs: Metadata, found: Sequence[Stack], extra: Sequence[tuple[str, bytes]] = ()) -> bytes:
     header = io.BytesIO()
     records = [(name, codec("f32").GGML_TYPE, (len(data) // 4,), len(data)) for name, data in extra]
-    write_header(header, pairs, [*records, *(_record(t) for t in tensors)])
+    write_header(header, pairs, [*records, *(stack.record for stack in found)])
     return header.getvalue()
 
 
@@ -480,16 +531,15 @@ def _padded(size: int) -> int:
     return -(-size // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
 
 
-def _write_tensor(
-    file: PartialFile, expected: TensorPlan, tensors: Any, on_bytes: Callable[[int], None] | None
-) -> None:
-    """Write the next tensor of the stream, which must be the expected one, and pad it."""
-    size = 0
-    for chunk in next_tensor(tensors, expected):
-        written = file.write(chunk)
-        size += written
-        if on_bytes is not None:
-            on_bytes(written)
-    if size != expected.bytes:
-        raise RuntimeError(f"tensor {expected.tensor.name!r}: expected {expected.bytes} bytes, got {size}")
-    file.write(bytes(_padded(size) - size))
+def _write_stack(file: PartialFile, stack: Stack, tensors: Any, on_bytes: Callable[[int], None] | None) -> None:
+    """Write the next tensors of the stream, which must be those of the stack, and pad it."""
+    for expected in stack.tensors:
+        size = 0
+        for chunk in next_tensor(tensors, expected):
+            written = file.write(chunk)
+            size += written
+            if on_bytes is not None:
+                on_bytes(written)
+        if size != expected.bytes:
+            raise RuntimeError(f"tensor {expected.tensor.name!r}: expected {expected.bytes} bytes, got {size}")
+    file.write(bytes(_padded(stack.bytes) - stack.bytes))

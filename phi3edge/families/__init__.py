@@ -6,7 +6,6 @@ from phi3edge.registry import load, names
 from phi3edge.types import JSON, ModelSpec
 
 NOT_YET = {
-    "phimoe": "mixture of experts",
     "phi3_v": "images",
 }
 

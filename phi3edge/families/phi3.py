@@ -10,18 +10,19 @@ import math
 from typing import Any
 
 from phi3edge.errors import CheckpointError, UnsupportedError
-from phi3edge.families._reading import (
+from phi3edge.families._fields import (
     boolean,
-    dtype_of,
     eos_ids,
     factors,
-    is_int,
+    float_dtype,
+    head_shape,
     layer_count,
     number,
     positive,
     refuse_unknown,
     short,
     token_id,
+    window,
 )
 from phi3edge.types import JSON, ModelSpec, Part, Rope, TensorSpec
 
@@ -109,26 +110,11 @@ def parse(config: JSON, generation_config: JSON | None, name: str) -> ModelSpec:
     architectures = config.get("architectures") or [ARCHITECTURE]
     if architectures != [ARCHITECTURE]:
         raise UnsupportedError(f"config.json: architectures is {architectures}; this family reads ['{ARCHITECTURE}']")
-    refuse_unknown(config, "phi3", USED, NO_EFFECT, FIXED)
+    refuse_unknown(config, "phi3", USED | NO_EFFECT, FIXED)
 
-    hidden, heads = positive(config, "hidden_size"), positive(config, "num_attention_heads")
-    if hidden % heads:
-        raise CheckpointError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    kv_heads = positive(config, "num_key_value_heads", default=heads)
-    if heads % kv_heads:
-        raise CheckpointError(
-            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
-        )
-    head_dim = hidden // heads
-    if config.get("head_dim") not in (None, head_dim):
-        raise UnsupportedError(
-            f"config.json: head_dim is {config['head_dim']}; supported: hidden_size / num_attention_heads = {head_dim}"
-        )
+    hidden, heads, kv_heads, head_dim = head_shape(config)
     context = positive(config, "max_position_embeddings")
     original = positive(config, "original_max_position_embeddings", default=context)
-    window = config.get("sliding_window")
-    if window is not None and (not is_int(window) or window <= 0):
-        raise CheckpointError(f"config.json: sliding_window is {window!r}; expected a positive integer or null")
     tied, vocab = boolean(config, "tie_word_embeddings", False), positive(config, "vocab_size")
     layers, intermediate = layer_count(config), positive(config, "intermediate_size")
     generation = generation_config or {}
@@ -144,7 +130,7 @@ def parse(config: JSON, generation_config: JSON | None, name: str) -> ModelSpec:
         vocab_size=vocab,
         context_length=context,
         original_context_length=original,
-        sliding_window=window,
+        sliding_window=window(config),
         rope=_rope(config, head_dim, context, original),
         norm_eps=number(config, "rms_norm_eps", 1e-5),
         activation="silu",
@@ -152,7 +138,7 @@ def parse(config: JSON, generation_config: JSON | None, name: str) -> ModelSpec:
         bos_token_id=token_id("bos_token_id", config.get("bos_token_id"), vocab),
         eos_token_ids=eos_ids(config.get("eos_token_id"), generation.get("eos_token_id"), vocab),
         pad_token_id=token_id("pad_token_id", config.get("pad_token_id"), vocab),
-        dtype=dtype_of(config),
+        dtype=float_dtype(config),
         tensors=tuple(_tensors(layers, hidden, intermediate, heads * head_dim, kv_heads * head_dim, vocab, tied)),
     )
 

@@ -13,11 +13,12 @@ import math
 from typing import Any
 
 from phi3edge.errors import CheckpointError, UnsupportedError
-from phi3edge.families._reading import (
+from phi3edge.families._fields import (
     boolean,
-    dtype_of,
     eos_ids,
     factors,
+    float_dtype,
+    head_shape,
     is_int,
     layer_count,
     number,
@@ -130,20 +131,16 @@ def parse(config: JSON, generation_config: JSON | None, name: str) -> ModelSpec:
     architectures = config.get("architectures") or [ARCHITECTURE]
     if architectures != [ARCHITECTURE]:
         raise UnsupportedError(f"config.json: architectures is {architectures}; this family reads ['{ARCHITECTURE}']")
-    refuse_unknown(config, "phi3small", USED, NO_EFFECT, FIXED)
+    refuse_unknown(config, "phi3small", USED | NO_EFFECT, FIXED)
     if missing := [key for key in REQUIRED if key not in config]:
         raise CheckpointError(f"config.json: {missing[0]} is missing")
     if config.get("quantization_config") is not None:
         raise UnsupportedError("config.json: quantization_config: family phi3small reads weights that are floats")
 
-    hidden, heads = positive(config, "hidden_size"), positive(config, "num_attention_heads")
-    kv_heads = positive(config, "num_key_value_heads", default=heads)
-    if hidden % heads or heads % kv_heads or hidden // heads % 2:
-        raise CheckpointError(
-            f"config.json: {heads} heads and {kv_heads} KV heads share hidden_size {hidden}; expected heads to divide"
-            " it into even parts, and KV heads to divide heads"
-        )
-    head_dim, context = hidden // heads, positive(config, "max_position_embeddings")
+    hidden, heads, kv_heads, head_dim = head_shape(config)
+    if head_dim % 2:
+        raise CheckpointError(f"config.json: {heads} heads share hidden_size {hidden}; expected an even share each")
+    context = positive(config, "max_position_embeddings")
     scaling = _scaling(config)
     original = positive({**scaling, **config}, ORIGINAL, default=context)
     layers, intermediate = layer_count(config), positive(config, "ff_intermediate_size")
@@ -170,10 +167,10 @@ def parse(config: JSON, generation_config: JSON | None, name: str) -> ModelSpec:
         bos_token_id=token_id("bos_token_id", config.get("bos_token_id"), vocab),
         eos_token_ids=eos_ids(config.get("eos_token_id"), generation.get("eos_token_id"), vocab),
         pad_token_id=token_id("pad_token_id", config.get("pad_token_id"), vocab),
-        dtype=dtype_of(config),
+        dtype=float_dtype(config),
         tensors=tuple(_tensors(layers, hidden, intermediate, head_dim, heads // kv_heads, kv_heads, vocab, tied)),
         activation_limit=number(config, "gegelu_limit", math.inf) if config.get("gegelu_limit") is not None else None,
-        layer_norm=True,
+        norm="layer",
         block_sparse=_block_sparse(config, heads),
         attention_scale=number(config, "mup_attn_multiplier", 1.0) / head_dim if scaled else None,
         embedding_scale=number(config, "mup_embedding_multiplier", 1.0),  # null: no multiplier

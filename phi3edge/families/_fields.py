@@ -1,7 +1,6 @@
-"""Reads values of a config.json strictly; what every family needs."""
+"""Reading the fields of a config.json: what every family checks alike, each error naming the field and what came."""
 
 import math
-from collections.abc import Collection, Mapping
 from typing import Any
 
 from phi3edge.errors import CheckpointError, UnsupportedError
@@ -12,49 +11,64 @@ DTYPES = ("bfloat16", "float16", "float32")
 MOST_LAYERS = 1000  # a plan lists every tensor; the largest models have a tenth of it
 
 
-def refuse_unknown(
-    config: JSON, family: str, used: Collection[str], no_effect: Collection[str], fixed: Mapping[str, tuple[Any, ...]]
-) -> None:
-    """Raise UnsupportedError for a key that is not known, or a fixed key with another value than we compute with.
-
-    Args:
-        config: config.json.
-        family: for the message.
-        used: keys that the family reads.
-        no_effect: keys that change nothing, or that are read elsewhere.
-        fixed: keys that change the function, with the values that phi3edge computes with.
-    """
-    known = {*used, *no_effect, *fixed}
+def refuse_unknown(config: JSON, family: str, known: set[str], fixed: dict[str, tuple[Any, ...]]) -> None:
+    """Raise UnsupportedError for a key that is neither known nor fixed, or a fixed one with another value than its."""
     for key, value in config.items():
         if key in fixed and value not in fixed[key]:
             raise UnsupportedError(
                 f"config.json: {key} is {short(value)}; family {family} computes with {short(fixed[key][0])} only"
             )
-        if key not in known:
+        if key not in known and key not in fixed:
             raise UnsupportedError(
                 f"config.json: unknown key {key!r} (value {short(value)}): it may change what the model computes",
-                did_you_mean(key, sorted(known)),
+                did_you_mean(key, sorted(known | set(fixed))),
             )
 
 
-def dtype_of(config: JSON) -> str:
-    """Dtype of the weights in the checkpoint."""
-    dtype = config.get("torch_dtype") or config.get("dtype") or "float32"
-    if dtype not in DTYPES:
-        raise UnsupportedError(f"config.json: dtype is {dtype!r}; supported: {', '.join(DTYPES)}")
-    return str(dtype)
+def head_shape(config: JSON) -> tuple[int, int, int, int]:
+    """Hidden size, attention heads, KV heads and head size, which divide each other as they must."""
+    hidden, heads = positive(config, "hidden_size"), positive(config, "num_attention_heads")
+    if hidden % heads:
+        raise CheckpointError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    kv_heads = positive(config, "num_key_value_heads", default=heads)
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
+    head_dim = hidden // heads
+    if config.get("head_dim") not in (None, head_dim):
+        raise UnsupportedError(
+            f"config.json: head_dim is {config['head_dim']}; supported: hidden_size / num_attention_heads = {head_dim}"
+        )
+    return hidden, heads, kv_heads, head_dim
 
 
 def layer_count(config: JSON) -> int:
-    """num_hidden_layers, of which a plan lists every tensor."""
+    """Number of decoder blocks."""
     layers = positive(config, "num_hidden_layers")
     if layers > MOST_LAYERS:
         raise UnsupportedError(f"config.json: num_hidden_layers is {layers}; supported: at most {MOST_LAYERS}")
     return layers
 
 
+def window(config: JSON) -> int | None:
+    """Positions that attention looks back at, or None for all."""
+    value = config.get("sliding_window")
+    if value is not None and (not is_int(value) or value <= 0):
+        raise CheckpointError(f"config.json: sliding_window is {value!r}; expected a positive integer or null")
+    return value
+
+
+def float_dtype(config: JSON) -> str:
+    """The dtype of the weights."""
+    dtype = config.get("torch_dtype") or config.get("dtype") or "float32"
+    if dtype not in DTYPES:
+        raise UnsupportedError(f"config.json: dtype is {dtype!r}; supported: {', '.join(DTYPES)}")
+    return dtype
+
+
 def factors(parameters: JSON, key: str, dim: int) -> tuple[float, ...]:
-    """LongRoPE's factors, one for each pair of `dim` channels."""
+    """LongRoPE's factors of `dim` rotated channels: dim / 2 positive numbers."""
     values = parameters.get(key)
     if not isinstance(values, list) or len(values) != dim // 2:
         raise CheckpointError(f"config.json: {key} is {short(values)}; expected a list of {dim // 2} numbers")
@@ -76,16 +90,16 @@ def eos_ids(config_ids: Any, generation_ids: Any, vocab: int) -> tuple[int, ...]
 
 
 def token_id(key: str, value: Any, vocab: int) -> int | None:
-    """An id of the vocabulary, or None."""
+    """A token id, or None where there is none."""
     if value is None:
         return None
     if not is_int(value) or not 0 <= value < vocab:
         raise CheckpointError(f"{key} is {short(value)}; expected an id from 0 to {vocab - 1}")
-    return int(value)
+    return value
 
 
 def positive(config: JSON, key: str, default: int | None = None) -> int:
-    """A positive integer; `default` where the key is missing or null."""
+    """An integer above 0; `default` where the key is missing, which is an error without one."""
     value = config.get(key)
     if value is None:
         value = default
@@ -93,11 +107,11 @@ def positive(config: JSON, key: str, default: int | None = None) -> int:
         raise CheckpointError(f"config.json: {key} is missing")
     if not is_int(value) or not 0 < value < 2**31:
         raise CheckpointError(f"config.json: {key} is {short(value)}; expected a positive integer below 2^31")
-    return int(value)
+    return value
 
 
 def number(config: JSON, key: str, default: float) -> float:
-    """A positive number; `default` where the key is missing or null."""
+    """A positive number; `default` where the key is missing."""
     value = config.get(key)
     if value is None:
         return default
@@ -115,11 +129,11 @@ def boolean(config: JSON, key: str, default: bool) -> bool:
 
 
 def is_int(value: Any) -> bool:
-    """Whether it is an integer, and not true or false."""
+    """Whether a value is an integer: true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def short(value: Any) -> str:
-    """A value, for a message."""
+    """A value for an error message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

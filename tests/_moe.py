@@ -1,0 +1,108 @@
+"""Small random Phi-3.5-MoE checkpoints in the layout and configuration style of the original one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from _models import DTYPES, write_tokenizer, write_weights
+
+LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCAB, EXPERTS = 2, 256, 512, 4, 2, 320, 6
+ORIGINAL, CONTEXT, PAIRS = 256, 1024, HIDDEN // HEADS // 2
+MSCALE = 1.3
+
+
+def phimoe_config(dtype: str = "float32", **changes: Any) -> dict[str, Any]:
+    """config.json in the original style; every value that changes the function would show if it were ignored."""
+    config = {
+        "_name_or_path": "Phi-3.5-MoE-tiny-instruct",
+        "architectures": ["PhiMoEForCausalLM"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "auto_map": {
+            "AutoConfig": "configuration_phimoe.PhiMoEConfig",
+            "AutoModelForCausalLM": "modeling_phimoe.PhiMoEForCausalLM",
+        },
+        "bos_token_id": 1,
+        "eos_token_id": 0,
+        "hidden_act": "silu",
+        "hidden_dropout": 0.0,
+        "hidden_size": HIDDEN,
+        "initializer_range": 0.02,
+        "input_jitter_noise": 0.01,
+        "intermediate_size": INTERMEDIATE,
+        "lm_head_bias": True,
+        "max_position_embeddings": CONTEXT,
+        "model_type": "phimoe",
+        "num_attention_heads": HEADS,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": LAYERS,
+        "num_key_value_heads": KV_HEADS,
+        "num_local_experts": EXPERTS,
+        "original_max_position_embeddings": ORIGINAL,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-2,
+        "rope_scaling": {
+            "long_factor": [1.5 + 0.5 * n for n in range(PAIRS)],
+            "long_mscale": MSCALE,
+            "original_max_position_embeddings": ORIGINAL,
+            "short_factor": [1 + 0.05 * n for n in range(PAIRS)],
+            "short_mscale": MSCALE,
+            "type": "longrope",
+        },
+        "rope_theta": 5000.0,
+        "router_aux_loss_coef": 0.0,
+        "router_jitter_noise": 0.01,
+        "sliding_window": CONTEXT,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "transformers_version": "4.43.3",
+        "use_cache": True,
+        "vocab_size": VOCAB,
+    }
+    return config | changes
+
+
+def phimoe_tensors(dtype: str = "float32", seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights under the original names; nothing has a mean of 0, so that a norm's centring shows."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0, mean: float = 0.0) -> torch.Tensor:
+        return (mean + scale * torch.randn(*shape, generator=generator)).to(DTYPES[dtype])
+
+    def linear(name: str, rows: int, columns: int) -> None:
+        tensors[f"{name}.weight"] = normal(rows, columns, scale=columns**-0.5, mean=0.3 * columns**-0.5)
+        tensors[f"{name}.bias"] = normal(rows, scale=0.2, mean=0.1)
+
+    def norm(name: str) -> None:
+        tensors[f"{name}.weight"] = normal(HIDDEN, scale=0.1, mean=1.0)
+        tensors[f"{name}.bias"] = normal(HIDDEN, scale=0.2, mean=0.1)
+
+    tensors = {"model.embed_tokens.weight": normal(VOCAB, HIDDEN, mean=0.3)}
+    for n in range(LAYERS):
+        block = f"model.layers.{n}"
+        norm(f"{block}.input_layernorm")
+        for part, rows in (("q", HIDDEN), ("k", HIDDEN // HEADS * KV_HEADS), ("v", HIDDEN // HEADS * KV_HEADS)):
+            linear(f"{block}.self_attn.{part}_proj", rows, HIDDEN)
+        linear(f"{block}.self_attn.o_proj", HIDDEN, HIDDEN)
+        norm(f"{block}.post_attention_layernorm")
+        mixture = f"{block}.block_sparse_moe"
+        tensors[f"{mixture}.gate.weight"] = normal(EXPERTS, HIDDEN, scale=HIDDEN**-0.5)
+        for expert in range(EXPERTS):
+            for part, shape in (("w1", (INTERMEDIATE, HIDDEN)), ("w2", (HIDDEN, INTERMEDIATE))):
+                tensors[f"{mixture}.experts.{expert}.{part}.weight"] = normal(*shape, scale=shape[1] ** -0.5)
+            tensors[f"{mixture}.experts.{expert}.w3.weight"] = normal(INTERMEDIATE, HIDDEN, scale=HIDDEN**-0.5)
+    norm("model.norm")
+    linear("lm_head", VOCAB, HIDDEN)
+    return tensors
+
+
+def write_phimoe(folder: Path, dtype: str = "float32", shards: int = 1, seed: int = 0, **changes: Any) -> Path:
+    """A complete checkpoint in a new folder: weights, config (`changes` replace its keys), tokenizer."""
+    folder.mkdir(parents=True)
+    write_weights(folder, phimoe_tensors(dtype, seed), shards)
+    (folder / "config.json").write_text(json.dumps(phimoe_config(dtype, **changes), indent=2))
+    generation = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": [0, 3], "pad_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    write_tokenizer(folder, VOCAB)
+    return folder
