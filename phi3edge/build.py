@@ -27,10 +27,10 @@ from phi3edge.plan import (
     chosen_tensors,
     estimate_fit,
     make_plan,
-    require_calibration,
     require_fit,
     require_format,
     require_kernels,
+    require_method,
     summarize,
     warnings,
 )
@@ -137,6 +137,7 @@ def prepare_spec(
         )
     mix = with_method(mix, rounding.method)
     budget = find_budget(recipe_name, mix, budget)
+    require_method(spec, mix.method, budget is not None)
     if spec.experts and (budget or rounding.statistics or rounding.method not in (None, "rtn")):
         raise UnsupportedError(
             f"{spec.name}: calibration, statistics and byte budgets are not computed for a mixture of experts",
@@ -146,8 +147,6 @@ def prepare_spec(
         require_room(budget, spec, recipe_name, mix, device, chosen)
     tokens = choose_context(spec, device, chosen, context)
     plan = make_plan(spec, recipe_name, mix)
-    if budget or is_calibrated(plan):
-        require_calibration(spec)
     require_kernels(plan, target_name, device, chosen)
     require_rounding(rounding, is_calibrated(plan))
     fit, notes = estimate_fit(plan, device, chosen, tokens), warnings(plan, device, chosen, tokens)

@@ -65,15 +65,28 @@ class Decoder:
         }
         self._tables: tuple[tuple[bool, int, int], Tensor, Tensor] | None = None
 
+    def embed(self, rows: Tensor) -> Tensor:
+        """Hidden states before the first block, from rows of the embedding."""
+        return rows
+
+    def normed(self, role: str, h: Tensor, weights: Weights) -> Tensor:
+        """Hidden states through a norm of a block."""
+        return self.norm(h, weights[role])
+
+    def apply(self, role: str, x: Tensor, weights: Weights) -> Tensor:
+        """A linear of a block."""
+        return linear(x, weights[role])
+
     def norm(self, h: Tensor, gain: Tensor) -> Tensor:
         """RMSNorm over the last axis."""
         return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.spec.norm_eps) * gain
 
-    def attend(self, qkv: Tensor) -> Tensor:
+    def attend(self, qkv: Tensor, layer: int = 0) -> Tensor:
         """Causal attention of whole sequences: from the fused queries, keys and values to the input of attn_output.
 
         Args:
             qkv: shape (sequences, tokens, (heads + 2 * KV heads) * head size), positions from 0.
+            layer: index of the block, for a family whose blocks look at different positions.
 
         Returns:
             Shape (sequences, tokens, heads * head size).

@@ -32,22 +32,21 @@ NO_GGUF = {
 }
 """Families that no GGUF file can hold, and why."""
 
-CALIBRATED_FAMILIES = ("phi3",)
-"""Families whose blocks phi3edge computes one by one, as calibration and byte budgets need; see phi3edge.forward."""
+METHODS = {"phi3": ("rtn", "awq", "gptq", "awq+gptq"), "phi3small": ("rtn", "gptq"), "phimoe": ("rtn",)}
+"""Methods that a family's linears can be rounded by. awq scales channels, which gegelu's limits do not let through."""
 
 
-def require_calibration(model: ModelSpec) -> None:
-    """Raise unless a model can be calibrated on a text.
+def require_method(model: ModelSpec, method: str, budget: bool) -> None:
+    """Raise unless a model's linears can be rounded by a method, and chosen under a byte budget if there is one.
 
     Raises:
-        UnsupportedError: its family cannot.
+        UnsupportedError: with the methods that its family has.
     """
-    if model.family not in CALIBRATED_FAMILIES:
-        raise UnsupportedError(
-            f"family {model.family} is rounded without calibration; methods and byte budgets that run it on a text are"
-            f" for {', '.join(CALIBRATED_FAMILIES)}",
-            "use --method rtn",
-        )
+    known = METHODS[model.family]
+    if method not in known:
+        raise UnsupportedError(f"family {model.family} is not rounded by {method}", f"--method {' or '.join(known)}")
+    if budget and model.family != "phi3":
+        raise UnsupportedError(f"byte budgets are not computed for family {model.family}", "name a recipe instead")
 
 
 def make_plan(model: ModelSpec, name: str, recipe: Recipe, choices: Mapping[str, Option] | None = None) -> QuantPlan:
