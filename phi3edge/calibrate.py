@@ -29,7 +29,7 @@ from phi3edge.files import write_text
 from phi3edge.forward import LINEARS, Decoder, Weights, load_block, load_outer
 from phi3edge.methods import CALIBRATED, SCALED
 from phi3edge.methods.gptq import DAMPING
-from phi3edge.phi3small import SmallDecoder
+from phi3edge.phi3small import decoder_of
 from phi3edge.progress import Stages, silent
 from phi3edge.reference import fingerprint
 from phi3edge.registry import load
@@ -142,8 +142,7 @@ class _Run:
     ) -> None:
         self._checkpoint, self._plan, self._ids, self._folder = checkpoint, plan, ids, folder
         self._keep_values = keep_values
-        kind = SmallDecoder if plan.model.family == "phi3small" else Decoder
-        self._decoder = kind(plan.model, device)
+        self._decoder = decoder_of(plan.model, device)
         self._device = self._decoder.device
         self._planned = {(t.tensor.role, t.tensor.layer): t for t in plan.tensors}
         per_batch = max(1, _BATCH_TOKENS // ids.shape[1])
@@ -200,7 +199,7 @@ class _Run:
             return weights, {}
         states = self._states(f"hidden-{layer}-rounded", self._plan.model.hidden_size)
         hidden = (states.read(batch).to(self._device) for batch in self._batches)
-        found = find_scales(self._decoder, planned, weights, hidden, self._keep_values)
+        found = find_scales(self._decoder, planned, weights, hidden, self._keep_values, layer)
         folded = fold(self._plan.model, planned, weights, {role: scales.values for role, scales in found.items()})
         return folded, {role: scales.error for role, scales in found.items()}
 

@@ -139,14 +139,14 @@ class Decoder:
         gate, up = gate_up.chunk(2, -1)
         return silu(gate) * up
 
-    def block(self, h: Tensor, weights: Weights, observe: Observe = lambda role, x: None) -> Tensor:
-        """A whole decoder block: hidden states in and out, shape (sequences, tokens, hidden)."""
-        observe("attn_qkv", x := self.norm(h, weights["attn_norm"]))
-        observe("attn_output", x := self.attend(linear(x, weights["attn_qkv"])))
-        h = h + linear(x, weights["attn_output"])
-        observe("ffn_gate_up", x := self.norm(h, weights["ffn_norm"]))
-        observe("ffn_down", x := self.gate(linear(x, weights["ffn_gate_up"])))
-        return h + linear(x, weights["ffn_down"])
+    def block(self, h: Tensor, weights: Weights, observe: Observe = lambda role, x: None, layer: int = 0) -> Tensor:
+        """A whole decoder block: hidden states in and out, shape (sequences, tokens, hidden). `layer`: see `attend`."""
+        observe("attn_qkv", x := self.normed("attn_norm", h, weights))
+        observe("attn_output", x := self.attend(self.apply("attn_qkv", x, weights), layer))
+        h = h + self.apply("attn_output", x, weights)
+        observe("ffn_gate_up", x := self.normed("ffn_norm", h, weights))
+        observe("ffn_down", x := self.gate(self.apply("ffn_gate_up", x, weights)))
+        return h + self.apply("ffn_down", x, weights)
 
 
 def load_block(

@@ -119,6 +119,11 @@ class SmallDecoder(Decoder):
         return mixed.transpose(1, 2).flatten(2), (k, v)
 
 
+def decoder_of(spec: ModelSpec, device: str | torch.device = "cpu") -> Decoder:
+    """What is computed between the linears of a model, of this family or of phi3."""
+    return (SmallDecoder if spec.family == "phi3small" else Decoder)(spec, device)
+
+
 class Phi3Small:
     """A Phi-3-small model; see the module's docstring.
 

@@ -32,8 +32,9 @@ NO_GGUF = {
 }
 """Families that no GGUF file can hold, and why."""
 
-METHODS = {"phi3": ("rtn", "awq", "gptq", "awq+gptq"), "phi3small": ("rtn", "gptq"), "phimoe": ("rtn",)}
-"""Methods that a family's linears can be rounded by. awq scales channels, which gegelu's limits do not let through."""
+ALL_METHODS = ("rtn", "awq", "gptq", "awq+gptq")
+METHODS = {"phi3": ALL_METHODS, "phi3small": ALL_METHODS, "phimoe": ("rtn",)}
+"""Methods that a family's linears can be rounded by."""
 
 
 def require_method(model: ModelSpec, method: str, budget: bool) -> None:

@@ -307,10 +307,14 @@ def finish_folder(folder: Path, spec: ModelSpec, name: str, ids: np.ndarray, mom
 
 
 def identity(spec: ModelSpec) -> JSON:
-    """What activations depend on, weights aside: the numbers of the model, and its tensors' names and shapes."""
+    """What activations depend on, weights aside: the numbers of the model, and its tensors' names and shapes.
+
+    As JSON gives it back: tuples are lists.
+    """
     numbers = {key: value for key, value in asdict(spec).items() if key not in NOT_OF_THE_FUNCTION}
     shapes = json.dumps({t.name: t.shape for t in spec.tensors}, sort_keys=True)
-    return {**numbers, "tensors_sha256": hashlib.sha256(shapes.encode()).hexdigest()}
+    found: JSON = json.loads(json.dumps(numbers))
+    return {**found, "tensors_sha256": hashlib.sha256(shapes.encode()).hexdigest()}
 
 
 def _first_difference(there: JSON, here: JSON) -> str | None:
