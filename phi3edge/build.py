@@ -30,7 +30,6 @@ from phi3edge.plan import (
     require_fit,
     require_format,
     require_kernels,
-    require_method,
     summarize,
     warnings,
 )
@@ -126,9 +125,9 @@ def prepare_spec(
     """Plan an export of a model that is already read; see `prepare`. Under a budget the plan is not filled yet."""
     target_name, device = load_target(target)
     [chosen] = formats_of(target, format_, recipe)
-    require_format(spec, chosen)
     if kv_cache is not None:
         device = with_kv_cache(device, chosen, kv_cache)
+    require_format(spec, chosen, device.formats[chosen])
     default = budget_recipe(chosen) if budget else device.formats[chosen].recipe
     recipe_name, mix = load_recipe(recipe or default)
     if chosen not in mix.formats:
@@ -137,11 +136,10 @@ def prepare_spec(
         )
     mix = with_method(mix, rounding.method)
     budget = find_budget(recipe_name, mix, budget)
-    require_method(spec, mix.method, budget is not None)
-    if spec.experts and (budget or rounding.statistics or rounding.method not in (None, "rtn")):
+    if spec.experts and (budget or is_calibrated(make_plan(spec, recipe_name, mix))):
         raise UnsupportedError(
-            f"{spec.name}: calibration, statistics and byte budgets are not computed for a mixture of experts",
-            "use --method rtn, without --statistics and --budget",
+            f"{spec.name}: calibrated rounding and byte budgets are not computed for a mixture of experts",
+            "use --method rtn, with --statistics of phi3edge calibrate",
         )
     if budget:
         require_room(budget, spec, recipe_name, mix, device, chosen)
@@ -266,7 +264,8 @@ def export(
         job = Job(ready.plan, ready.recipe, source, ready.runtime, ready.fit.context, name_, limit, scales)
         emitter = open_emitter(ready.format, job)
         rounded = round_weights(source, ready.plan, rounding, ready.runtime.kv_cache, stages)
-        weights = Centred(source, spec) if spec.norm == "layer" and ready.format == "gguf" else rounded.source
+        centred = ready.format == "gguf" and spec.norm == "layer"
+        weights = Centred(source, spec) if centred else rounded.source
         with new_folder(folder, lambda: folders.require_free(folder, force)) as partial:
             with (
                 stages("quantize", ready.plan.weight_bytes) as advance,

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from phi3edge.sources import resolve
 from phi3edge.statistics import (
     IDS_NAME,
     IMATRIX_NAME,
+    LEAST_TOKENS,
     NAME,
     SavedStatistics,
     block_file,
@@ -105,6 +106,8 @@ def calibrate(
         source.check(spec)
         if any(t.grid for t in spec.tensors):
             raise UnsupportedError(f"{source.name} is quantized already: its linears are not rounded again")
+        if spec.experts:
+            _require_plain(calibration, moments, device)
         folder = (out or Path("dist") / f"{spec.name.lower()}-statistics").resolve()
         _require_free(folder, force)
         text = calibration_text(calibration, source.path, spec, sequences, tokens, device=device, stages=stages)
@@ -138,6 +141,21 @@ def require_device(device: str) -> None:
         raise UsageError(f"unknown device {device!r}", "cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no GPU", "--device cpu, or a torch that is built for this GPU")
+
+
+def _require_plain(calibration: str | None, moments: bool, device: str) -> None:
+    """Raise for what is not done with a mixture of experts.
+
+    Raises:
+        UnsupportedError: names it.
+    """
+    if calibration is None or "self" in calibration.split("+"):
+        raise UnsupportedError(
+            "a mixture of experts does not write its own text here", "--calibration python, or a FILE"
+        )
+    if moments or device != "cpu":
+        what = "second moments are" if moments else f"--device {device} is"
+        raise UnsupportedError(f"{what} not for a mixture of experts", "leave the option out")
 
 
 def _require_free(folder: Path, force: bool) -> None:
@@ -185,14 +203,17 @@ def collect(
     """
     import torch
 
+    from phi3edge.mixture import MixtureDecoder
     from phi3edge.phi3small import decoder_of
 
     _check_ids(ids, spec)
     _begin(
         work, {"model": identity(spec), "weights": fingerprint(checkpoint.path), "ids": _hash(ids), "moments": moments}
     )
-    decoder = decoder_of(spec, device)
-    run = _Run(checkpoint, spec, ids, work, moments, decoder)
+    if spec.experts:
+        run: _Run = _MixtureRun(checkpoint, spec, ids, work, moments, MixtureDecoder(spec))
+    else:
+        run = _Run(checkpoint, spec, ids, work, moments, decoder_of(spec, device))
     with torch.inference_mode(), stages("statistics", (spec.layers + 1) * len(ids)) as advance:
         if not (work / block_file(None)).exists():
             start = run.newest()
@@ -216,6 +237,8 @@ class _Run:
     work: Path
     moments: bool
     decoder: Decoder
+
+    BATCH: ClassVar[int] = BATCH_TOKENS
 
     def hidden(self, layer: int) -> Path:
         """The hidden states that go into a block, float32 (sequences, tokens, hidden); the last go into the head."""
@@ -266,7 +289,7 @@ class _Run:
     def batches(self) -> Iterator[slice]:
         """The sequences, a few at a time: the same ones each time."""
         count, tokens = self.ids.shape
-        step = max(1, BATCH_TOKENS // tokens)
+        step = max(1, self.BATCH // tokens)
         return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
     def read(self, layer: int, part: slice) -> Tensor:
@@ -286,6 +309,59 @@ class _Run:
             found[t.name] = sums[t.role].statistics()
             check(found[t.name], t.shape[1], t.name)
         write_block(self.work / block_file(layer), found)
+
+
+INPUT_OF = {"attn_k": "attn_q", "attn_v": "attn_q", "ffn_up": "ffn_gate"}
+"""Roles that read what another one reads, which is observed."""
+
+
+@dataclass(frozen=True)
+class _MixtureRun(_Run):
+    """The same for a mixture of experts: of its weights those of one expert are in memory at a time.
+
+    They are read again for every batch, so batches are larger. An expert is observed on the tokens that chose it.
+    """
+
+    BATCH: ClassVar[int] = 8 * BATCH_TOKENS
+
+    def block(self, layer: int, advance: Advance) -> None:
+        """Run one block: its statistics, then what comes out of it."""
+        from phi3edge.accumulate import Accumulator
+        from phi3edge.mixture import Mixture
+
+        model = Mixture(self.checkpoint, self.spec, keep=False)
+        sums: dict[tuple[str, int | None], Accumulator] = {}
+
+        def observe(role: str, expert: int | None, x: Tensor) -> None:
+            sums.setdefault((role, expert), Accumulator(x.shape[-1], False)).add(x)
+
+        with new_file(self.hidden(layer + 1)) as file:
+            for part in self.batches():
+                h, _ = model.block(self.read(layer, part), layer, observe)
+                file.write(h.numpy().data)
+                advance(len(h))
+            found, tokens = {}, {}
+            for t in files(self.spec)[block_file(layer)]:
+                seen = sums.get((INPUT_OF.get(t.role, t.role), t.expert))
+                if t.expert is not None:
+                    tokens[t.name] = seen.tokens if seen else 0
+                if seen and (t.expert is None or seen.tokens >= LEAST_TOKENS):
+                    found[t.name] = seen.statistics()
+                    check(found[t.name], t.shape[1], t.name)
+            write_block(self.work / block_file(layer), found, tokens)
+        self.hidden(layer).unlink()
+
+    def head(self, advance: Advance) -> None:
+        """What the head sees: the last hidden states, normed."""
+        from phi3edge.accumulate import Accumulator
+        from phi3edge.mixture import Mixture
+
+        model, sums = Mixture(self.checkpoint, self.spec), Accumulator(self.spec.hidden_size, False)
+        for part in self.batches():
+            h = self.read(self.spec.layers, part)
+            sums.add(model.last_norm(h))
+            advance(len(h))
+        self.write(None, {"head": sums})
 
 
 def _check_ids(ids: np.ndarray, spec: ModelSpec) -> None:

@@ -1,7 +1,8 @@
 """llama.cpp's importance matrix as a GGUF file: for each linear the sum of its squared inputs, and of how many tokens.
 
 Tensors `<name>.in_sum2`, float32 (1, columns), and `<name>.counts`, float32 (1, 1), by the linears' names in a
-model's GGUF file; keys general.type = "imatrix", imatrix.datasets, imatrix.chunk_count, imatrix.chunk_size.
+model's GGUF file, with a row for each expert where one tensor holds a layer's experts; keys general.type = "imatrix",
+imatrix.datasets, imatrix.chunk_count, imatrix.chunk_size.
 Source: llama.cpp, tools/imatrix/README.md and the loader that llama-quantize uses.
 """
 
@@ -17,7 +18,7 @@ import numpy as np
 from phi3edge.errors import UsageError
 from phi3edge.gguf_file import DEFAULT_ALIGNMENT, MAGIC, GGUFHeader, GGUFTensor, ValueType, read_header, write_header
 from phi3edge.gguf_names import tensor_name
-from phi3edge.types import ModelSpec, Statistics, TensorSpec
+from phi3edge.types import ModelSpec, Statistics, TensorSpec, stays_float
 
 F32 = 0
 """ggml's number of the type."""
@@ -42,7 +43,7 @@ class ImatrixFile:
 def linears(spec: ModelSpec) -> list[TensorSpec]:
     """The tensors of a model that statistics are of: the linears of its blocks, then the head, be it the embedding."""
     head = "embedding" if spec.tied else "head"
-    inner = [t for t in spec.tensors if t.layer is not None and len(t.shape) == 2]
+    inner = [t for t in spec.tensors if t.layer is not None and len(t.shape) == 2 and not stays_float(t.role)]
     return inner + [t for t in spec.tensors if t.role == head]
 
 
@@ -55,24 +56,34 @@ def read_imatrix(path: Path, spec: ModelSpec) -> ImatrixFile:
     """
     header = _header(path)
     by_name = {tensor.name: tensor for tensor in header.tensors}
-    expected = {tensor_name(t): t for t in linears(spec)}
+    expected = _stacked(spec)
     for name in by_name:
         if name.removesuffix(SUMS).removesuffix(COUNTS) not in expected:
             raise UsageError(f"{path.name}: {name!r} is of no linear of {spec.name}", AGAIN)
-    missing = [name for name, t in expected.items() if t.layer is not None and name + SUMS not in by_name]
+    missing = [name for name, t in expected.items() if t[0].layer is not None and name + SUMS not in by_name]
     if missing:
         count = f"{len(missing)} of {len(expected)} linears of {spec.name}"
         raise UsageError(f"{path.name} lacks {missing[0]!r}: it has nothing of {count}", AGAIN)
     found = {}
-    for name, linear in expected.items():
+    for name, stack in expected.items():
         if name + SUMS in by_name:
-            count = round(_read(path, by_name, name + COUNTS, 1)[0])
-            sums = _read(path, by_name, name + SUMS, linear.shape[1])
-            if count < 1:
+            counts = _read(path, by_name, name + COUNTS, len(stack))
+            sums = _read(path, by_name, name + SUMS, len(stack) * stack[0].shape[1]).reshape(len(stack), -1)
+            if counts.max() < 1:
                 raise UsageError(f"{path.name}: {name!r} saw no token", "a longer text, or more chunks")
-            found[linear.name] = Statistics(count, sums / np.float32(count))
+            for linear, count, squares in zip(stack, map(round, counts.tolist()), sums, strict=True):
+                if count >= 1:  # an expert that saw no token has none
+                    found[linear.name] = Statistics(count, squares / np.float32(count))
     datasets = header.metadata.get("imatrix.datasets", [])
     return ImatrixFile(tuple(datasets) if isinstance(datasets, list) else (), found)
+
+
+def _stacked(spec: ModelSpec) -> dict[str, list[TensorSpec]]:
+    """The linears by their names in a model's GGUF file: one each, or all experts of a role and layer."""
+    found: dict[str, list[TensorSpec]] = {}
+    for linear in linears(spec):
+        found.setdefault(tensor_name(linear), []).append(linear)
+    return found
 
 
 def _header(path: Path) -> GGUFHeader:
@@ -119,11 +130,14 @@ def write_imatrix(
         chunk_tokens: tokens of each.
     """
     arrays: dict[str, np.ndarray] = {}
-    for linear in sorted(linears(spec), key=tensor_name):
-        if found := statistics.get(linear.name):
-            sums = found.squares.astype(np.float64) * found.tokens
-            arrays[tensor_name(linear) + SUMS] = sums.astype("<f4")[None]
-            arrays[tensor_name(linear) + COUNTS] = np.array([[found.tokens]], "<f4")
+    for name, stack in sorted(_stacked(spec).items()):
+        sums, counts = np.zeros((len(stack), stack[0].shape[1]), "<f4"), np.zeros((len(stack), 1), "<f4")
+        for row, linear in enumerate(stack):
+            if found := statistics.get(linear.name):
+                sums[row] = found.squares.astype(np.float64) * found.tokens
+                counts[row] = found.tokens
+        if counts.any():
+            arrays |= {name + SUMS: sums, name + COUNTS: counts}
     metadata = {
         "general.type": (ValueType.STRING, "imatrix"),
         "imatrix.datasets": (ValueType.STRING, [dataset]),

@@ -15,13 +15,14 @@ the same up to the original context; its rotary embedding forgets the long facto
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, linear
+from torch.nn.functional import layer_norm, linear, silu
 
 from phi3edge import machine
 from phi3edge.checkpoint import Checkpoint, open_checkpoint
@@ -31,6 +32,14 @@ from phi3edge.types import Experts, ModelSpec
 
 READ_ONCE = 0.75
 """Share of the free memory that all weights may take as float32; beyond, they are read again whenever they are used."""
+
+Observe = Callable[[str, int | None, Tensor], None]
+"""observe(role, expert, x) sees what linears read, shape (..., columns): for "attn_q", whose input k and v share,
+"attn_output", "ffn_gate", whose input up shares, and "ffn_down"; the last two of each expert that a token chose."""
+
+
+def _unseen(role: str, expert: int | None, x: Tensor) -> None:
+    """Observes nothing."""
 
 
 def sparse_mixer(scores: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:
@@ -138,33 +147,44 @@ class Mixture:
         if past_key_values is not None:
             ids = torch.cat([past_key_values.ids, ids], 1)
         first = ids.shape[1] - new
-        h, shared = self._get("embedding")[ids], torch.zeros_like(ids, dtype=torch.bool)
+        h, shared = self.embed(ids), torch.zeros_like(ids, dtype=torch.bool)
         for layer in range(self.spec.layers):
-            h, weights = self._block(h, layer)
+            h, weights = self.block(h, layer)
             shared |= (weights < 1).any(-1).view_as(ids)
         rows = h[:, first:][:, -logits_to_keep:] if isinstance(logits_to_keep, int) else h[:, first + logits_to_keep]
-        x = self._decoder.layer_norm(rows, self._get("output_norm"), self._get("output_norm_bias"))
-        return Output(self._linear(x, "head"), Past(ids), shared)
+        return Output(self._linear(self.last_norm(rows), "head"), Past(ids), shared)
 
-    def _block(self, h: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def last_norm(self, h: Tensor) -> Tensor:
+        """What the head reads."""
+        return self._decoder.layer_norm(h, self._get("output_norm"), self._get("output_norm_bias"))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Hidden states before the first block."""
+        return self._get("embedding")[ids]
+
+    def block(self, h: Tensor, layer: int, observe: Observe = _unseen) -> tuple[Tensor, Tensor]:
         """Hidden states, and the weights of each token's experts, shape (tokens, 2)."""
         decoder = self._decoder
         x = decoder.layer_norm(h, self._get("attn_norm", layer), self._get("attn_norm_bias", layer))
+        observe("attn_q", None, x)
         qkv = torch.cat([self._linear(x, role, layer) for role in ("attn_q", "attn_k", "attn_v")], -1)
-        h = h + self._linear(decoder.attend(qkv), "attn_output", layer)
+        observe("attn_output", None, x := decoder.attend(qkv))
+        h = h + self._linear(x, "attn_output", layer)
         x = decoder.layer_norm(h, self._get("ffn_norm", layer), self._get("ffn_norm_bias", layer))
-        mixed, weights = self._experts(x.flatten(0, 1), layer)
+        mixed, weights = self._experts(x.flatten(0, 1), layer, observe)
         return h + mixed.view_as(h), weights
 
-    def _experts(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def _experts(self, x: Tensor, layer: int, observe: Observe) -> tuple[Tensor, Tensor]:
         """The mixture's output, shape (tokens, hidden), and weights; of an expert that nobody chose nothing is read."""
         assert self.spec.experts is not None
         weights, chosen = sparse_mixer(linear(x, self._get("router", layer)), self.spec.experts)
         out = torch.zeros_like(x)
         for expert in chosen.unique().tolist():
             token, rank = torch.where(chosen == expert)
-            gate, up = (linear(x[token], self._get(role, layer, expert)) for role in ("ffn_gate", "ffn_up"))
-            mixed = linear(torch.nn.functional.silu(gate) * up, self._get("ffn_down", layer, expert))
+            observe("ffn_gate", expert, read := x[token])
+            gate, up = (linear(read, self._get(role, layer, expert)) for role in ("ffn_gate", "ffn_up"))
+            observe("ffn_down", expert, read := silu(gate) * up)
+            mixed = linear(read, self._get("ffn_down", layer, expert))
             out.index_add_(0, token, mixed * weights[token, rank, None])
         return out, weights
 

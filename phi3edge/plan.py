@@ -32,23 +32,6 @@ NO_GGUF = {
 }
 """Families that no GGUF file can hold, and why."""
 
-ALL_METHODS = ("rtn", "awq", "gptq", "awq+gptq")
-METHODS = {"phi3": ALL_METHODS, "phi3small": ALL_METHODS, "phimoe": ("rtn",)}
-"""Methods that a family's linears can be rounded by."""
-
-
-def require_method(model: ModelSpec, method: str, budget: bool) -> None:
-    """Raise unless a model's linears can be rounded by a method, and chosen under a byte budget if there is one.
-
-    Raises:
-        UnsupportedError: with the methods that its family has.
-    """
-    known = METHODS[model.family]
-    if method not in known:
-        raise UnsupportedError(f"family {model.family} is not rounded by {method}", f"--method {' or '.join(known)}")
-    if budget and model.family != "phi3":
-        raise UnsupportedError(f"byte budgets are not computed for family {model.family}", "name a recipe instead")
-
 
 def make_plan(model: ModelSpec, name: str, recipe: Recipe, choices: Mapping[str, Option] | None = None) -> QuantPlan:
     """Choose a codec and method for every tensor of a model.
@@ -88,6 +71,10 @@ def _plan_tensor(
     )
 
 
+NO_BUDGET = ("phi3small",)
+"""Families whose sensitivity to rounding is not computed."""
+
+
 def budget_codecs(
     model: ModelSpec, name: str, recipe: Recipe, target: Target, format_: Format
 ) -> dict[str, tuple[str, ...]]:
@@ -98,8 +85,11 @@ def budget_codecs(
 
     Raises:
         ConfigError: no codec is left for a tensor.
+        UnsupportedError: a family that no budget is computed for.
     """
     assert recipe.budget is not None
+    if model.family in NO_BUDGET:
+        raise UnsupportedError(f"byte budgets are not computed for family {model.family}", "name a recipe instead")
     found = {}
     for tensor in model.tensors:
         if stays_float(tensor.role) or tensor.grid is not None:
@@ -262,13 +252,16 @@ def choose_context(model: ModelSpec, target: Target, format_: Format, wanted: in
     return wanted
 
 
-def require_format(model: ModelSpec, format_: Format) -> None:
-    """Raise UnsupportedError for a model that a format cannot hold, or that is not written in it."""
-    if model.experts and format_ == "onnx":
+def require_format(model: ModelSpec, format_: Format, runtime: Runtime) -> None:
+    """Raise UnsupportedError for a model that a format's runtime cannot run."""
+    if model.experts and format_ == "onnx" and runtime.provider != "cpu":
         raise UnsupportedError(
-            f"{model.name}: a mixture of experts is not written to ONNX: onnxruntime's MoE has no SparseMixer on CPUs",
-            "use --format gguf",
+            f"{model.name}: the ONNX graph of a mixture of experts is for the CPU; provider {runtime.provider} lacks "
+            "operators of its routing",
+            "use --format gguf, or target cpu",
         )
+    if model.experts and runtime.kv_cache == "int8":
+        raise UnsupportedError(f"{model.name}: an int8 KV cache is not calibrated for a mixture of experts")
     if format_ == "gguf" and model.family in NO_GGUF:
         raise UnsupportedError(
             f"{model.name} cannot be a GGUF file: {NO_GGUF[model.family]}", "write it with --format onnx"

@@ -157,5 +157,7 @@ def _with_statistics(source: Checkpoint, plan: QuantPlan, path: Path) -> Rounded
 
     found = load_statistics(path, plan.model)
     text = found.calibration
-    described = {"text": text.name, "sha256": text.sha256, "statistics": path.name}
+    described: JSON = {"text": text.name, "sha256": text.sha256, "statistics": path.name}
+    if found.expert_tokens:
+        described["expert_tokens"] = found.expert_tokens
     return Rounded(source, None, found, text.ids, described, [f"Rounded with {path.name}.", *found.notes])

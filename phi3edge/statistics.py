@@ -11,7 +11,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path, PureWindowsPath
 from typing import Literal
@@ -30,6 +30,10 @@ NAME, IDS_NAME, IMATRIX_NAME = "statistics.json", "ids.npy", "imatrix.gguf"
 MAKE_AGAIN = "phi3edge calibrate makes the folder again"
 SCHEMA = 1
 PARTS = ("squares", "absolute", "moments")
+TOKENS = "tokens"
+LEAST_TOKENS = 64
+"""An expert that fewer tokens of the calibration text chose is rounded without statistics: they would be noise."""
+
 CLOSE = 1e-3
 """How far, relatively, the diagonal of the moments may be from the squares: they are sums in another order."""
 
@@ -61,6 +65,7 @@ class SavedStatistics(Mapping[str, Statistics]):
     Attributes:
         calibration: the text that they are of.
         notes: one line for everything that was mended or is not there; for the report.
+        expert_tokens: how many tokens chose each expert, by layer; empty where that is not known.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class SavedStatistics(Mapping[str, Statistics]):
         """Without moments, unless `places` says where they are."""
         self._held, self._places = held, places or {}
         self.calibration, self.notes = calibration, notes
+        self.expert_tokens: list[list[int]] = []
 
     def __getitem__(self, name: str) -> Statistics:
         found = self._held[name]
@@ -125,19 +131,27 @@ def _load_folder(folder: Path, spec: ModelSpec, moments: bool) -> SavedStatistic
         raise UsageError(
             f"{folder} has no second moments, which are needed", "phi3edge calibrate --moments keeps them too"
         )
-    held, places = {}, {}
+    held, places, seen = {}, {}, {}
     for file_name, tensors in files(spec).items():
         entries = _entries(folder / file_name)
         for t in tensors:
+            if t.expert is not None:
+                seen[t.name] = int(_read(folder / file_name, _entry(entries, file_name, t, TOKENS))[0])
+                if seen[t.name] < LEAST_TOKENS:
+                    continue
             found = {part: _entry(entries, file_name, t, part) for part in PARTS[: 3 if document.moments else 2]}
             squares, absolute = (_read(folder / file_name, found[part]) for part in PARTS[:2])
-            held[t.name] = Statistics(document.tokens, squares, absolute)
+            held[t.name] = Statistics(seen.get(t.name, document.tokens), squares, absolute)
             if moments:
                 places[t.name] = (folder / file_name, found["moments"])
     calibration = Calibration(document.calibration.name, _read_ids(folder))
     if calibration.sha256 != document.calibration.sha256:
         raise CheckpointError(f"{folder / IDS_NAME} is not what {NAME} says: sha256 {calibration.sha256}", MAKE_AGAIN)
-    return _checked(held, spec, calibration, str(folder), places)
+    checked = _checked(held, spec, calibration, str(folder), places)
+    for layer in range(spec.layers) if spec.experts else ():
+        gates = [t for t in spec.tensors if (t.role, t.layer) == ("ffn_gate", layer)]
+        checked.expert_tokens.append([seen[t.name] for t in gates])
+    return checked
 
 
 def _checked(
@@ -153,8 +167,11 @@ def _checked(
         if t.name in held:
             held[t.name], count = check(held[t.name], t.shape[1], f"{where}: {t.name!r}")
             silent |= {t.name: count} if count else {}
-        else:
+        elif t.expert is None:
             notes.append(f"No statistics of {t.name}: it is rounded without.")
+    experts = {(t.layer, t.expert): t.name in held for t in linears(spec) if t.expert is not None}
+    if few := sum(not known for known in experts.values()):
+        notes.append(f"{few} of {len(experts)} experts saw too few tokens for statistics: they are rounded without.")
     if silent:
         notes.append(mended(silent))
     return SavedStatistics(held, calibration, notes, places)
@@ -253,18 +270,17 @@ def block_file(layer: int | None) -> str:
     return "head.safetensors" if layer is None else f"block-{layer:05d}.safetensors"
 
 
-def write_block(path: Path, statistics: Mapping[str, Statistics]) -> None:
-    """Write a block's statistics, by tensor name, into a file that appears whole."""
+def write_block(path: Path, statistics: Mapping[str, Statistics], tokens: Mapping[str, int] | None = None) -> None:
+    """Write a block's statistics, by tensor name, into a file that appears whole; `tokens` of experts beside them."""
+    arrays = {
+        f"{name}.{part}": mean
+        for name, found in statistics.items()
+        for part in PARTS
+        if (mean := getattr(found, part)) is not None
+    }
+    counts = {f"{name}.{TOKENS}": np.array([count], np.float32) for name, count in (tokens or {}).items()}
     with new_file(path) as file:
-        write(
-            file,
-            {
-                f"{name}.{part}": mean
-                for name, found in statistics.items()
-                for part in PARTS
-                if (mean := getattr(found, part)) is not None
-            },
-        )
+        write(file, arrays | counts)
 
 
 def finish_folder(folder: Path, spec: ModelSpec, name: str, ids: np.ndarray, moments: bool) -> SavedStatistics:
@@ -307,14 +323,18 @@ def finish_folder(folder: Path, spec: ModelSpec, name: str, ids: np.ndarray, mom
 
 
 def identity(spec: ModelSpec) -> JSON:
-    """What activations depend on, weights aside: the numbers of the model, and its tensors' names and shapes.
-
-    As JSON gives it back: tuples are lists.
-    """
-    numbers = {key: value for key, value in asdict(spec).items() if key not in NOT_OF_THE_FUNCTION}
+    """What activations depend on, weights aside: the numbers of the model, and its tensors' names and shapes."""
+    later = {f.name: f.default for f in fields(spec) if f.default is not MISSING}
+    numbers = {
+        key: value
+        for key, value in asdict(spec).items()
+        if key not in NOT_OF_THE_FUNCTION and not (key in later and getattr(spec, key) == later[key])
+    }  # of fields that came later, what an earlier folder lacks is the default
+    if numbers["rope"]["long_attention_factor"] is None:
+        del numbers["rope"]["long_attention_factor"]
     shapes = json.dumps({t.name: t.shape for t in spec.tensors}, sort_keys=True)
-    found: JSON = json.loads(json.dumps(numbers))
-    return {**found, "tensors_sha256": hashlib.sha256(shapes.encode()).hexdigest()}
+    found = {**numbers, "tensors_sha256": hashlib.sha256(shapes.encode()).hexdigest()}
+    return json.loads(json.dumps(found))  # as a file gives it back: LongRoPE's factors are lists there
 
 
 def _first_difference(there: JSON, here: JSON) -> str | None:
@@ -381,7 +401,7 @@ def _entries(path: Path) -> dict[str, TensorEntry]:
 
 def _entry(entries: Mapping[str, TensorEntry], file_name: str, tensor: TensorSpec, part: str) -> TensorEntry:
     name, columns = f"{tensor.name}.{part}", tensor.shape[1]
-    shape = (columns, columns) if part == "moments" else (columns,)
+    shape = {"moments": (columns, columns), TOKENS: (1,)}.get(part, (columns,))
     entry = entries.get(name)
     if entry is None:
         raise CheckpointError(f"{file_name} lacks {name!r}", MAKE_AGAIN)

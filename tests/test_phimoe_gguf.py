@@ -206,13 +206,9 @@ def test_memory_is_a_few_experts_whatever_there_are(tmp_path: Path) -> None:
 
 
 def test_what_is_not_made_is_refused_before_any_work(model: Path) -> None:
-    with pytest.raises(UnsupportedError, match="not written to ONNX") as error:
-        prepare(str(model), "cpu")
-    assert error.value.hint == "use --format gguf"
     for options in (
         {"rounding": Rounding(method="gptq")},
         {"rounding": Rounding(method="awq")},
-        {"rounding": Rounding(statistics=model)},
         {"budget": Budget(bytes=10**6)},
     ):
         with pytest.raises(UnsupportedError, match="not computed for a mixture of experts"):

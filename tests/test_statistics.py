@@ -24,7 +24,7 @@ from phi3edge.families import parse_config
 from phi3edge.methods import rtn
 from phi3edge.progress import Advance
 from phi3edge.reference import load_model
-from phi3edge.statistics import NAME, check, finish_folder, load_statistics
+from phi3edge.statistics import NAME, check, finish_folder, identity, load_statistics
 from phi3edge.types import ModelSpec, Statistics
 
 SEQUENCES, TOKENS = 40, 64  # more than one batch
@@ -354,3 +354,23 @@ def test_rtn_weighs_errors_by_the_mean_squares(saved: tuple[Path, ModelSpec]) ->
         module = codec(name)
         plain, weighed = (module.dequantize(rtn.quantize(weight, module, s)) - weight for s in (None, statistics))
         assert (weighed**2 @ statistics.squares).sum() < (plain**2 @ statistics.squares).sum()
+
+
+def test_a_dense_models_identity_has_no_fields_that_came_with_experts():
+    """A folder of statistics that an earlier version wrote stays of use."""
+    from test_families import MINI_4K
+
+    assert not {"norm", "experts"} & set(identity(parse_config(MINI_4K, None, "x")))
+
+
+def test_a_longrope_models_folder_is_known_again(tmp_path: Path):
+    """Its factors are lists in the file."""
+    from test_longrope import GROUPED, longrope
+
+    path = write_model(tmp_path / "in", GROUPED, **longrope())
+    ids = np.random.default_rng(0).integers(0, 320, (2, 32))
+    with open_checkpoint(path) as checkpoint:
+        spec = parse_config(checkpoint.config, None, "long")
+        collect(checkpoint, spec, ids, tmp_path / "out")
+        finish_folder(tmp_path / "out", spec, "random", ids, False)
+    assert load_statistics(tmp_path / "out", spec).calibration.ids is not None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from phi3edge.emitters._genai_mixture import Mixture
 from phi3edge.errors import MissingExtraError, UnsupportedError
 from phi3edge.types import ModelSpec
 
@@ -33,9 +34,20 @@ WEIGHTS = {
     "attn_output": r"model\.layers\.(?P<layer>\d+)\.attn\.o_proj\.MatMul\.weight",
     "ffn_norm": r"model\.layers\.(?P<layer>\d+)\.post_attention_layernorm\.weight",
     "ffn_gate_up": r"model\.layers\.(?P<layer>\d+)\.mlp\.(?P<part>gate_up|gate|up)_proj\.MatMul\.weight",
-    "ffn_down": r"model\.layers\.(?P<layer>\d+)\.mlp\.down_proj\.MatMul\.weight",
+    "ffn_down": r"model\.layers\.(?P<layer>\d+)\.(mlp\.down_proj|moe\.experts\.(?P<expert>\d+)\.down)\.MatMul\.weight",
     "output_norm": r"model\.layers\.\d+\.final_norm_layernorm\.weight",
     "head": r"lm_head\.MatMul\.weight",
+    "attn_norm_bias": r"model\.layers\.(?P<layer>\d+)\.input_layernorm\.bias",
+    "attn_q_bias": r"model\.layers\.(?P<layer>\d+)\.attn\.q_proj\.Add\.bias",
+    "attn_k_bias": r"model\.layers\.(?P<layer>\d+)\.attn\.k_proj\.Add\.bias",
+    "attn_v_bias": r"model\.layers\.(?P<layer>\d+)\.attn\.v_proj\.Add\.bias",
+    "attn_output_bias": r"model\.layers\.(?P<layer>\d+)\.attn\.o_proj\.Add\.bias",
+    "ffn_norm_bias": r"model\.layers\.(?P<layer>\d+)\.post_attention_layernorm\.bias",
+    "router": r"model\.layers\.(?P<layer>\d+)\.moe\.router\.MatMul\.weight",
+    "ffn_gate": r"model\.layers\.(?P<layer>\d+)\.moe\.experts\.(?P<expert>\d+)\.gate\.MatMul\.weight",
+    "ffn_up": r"model\.layers\.(?P<layer>\d+)\.moe\.experts\.(?P<expert>\d+)\.up\.MatMul\.weight",
+    "output_norm_bias": r"model\.layers\.\d+\.final_norm_layernorm\.bias",
+    "head_bias": r"lm_head\.Add\.bias",
 }
 """The builder's names of the weights of each role."""
 
@@ -47,12 +59,14 @@ class Weight:
     Attributes:
         value: the graph's value; nothing stands behind it yet.
         part: name of the part of a fused tensor that it is, or "" for the whole tensor.
+        expert: that it belongs to, or None.
     """
 
     value: ir.Value
     role: str
     layer: int | None
     part: str
+    expert: int | None = None
 
 
 def build_graph(spec: ModelSpec, provider: str, io_dtype: str) -> tuple[ir.Model, list[Weight]]:
@@ -86,19 +100,35 @@ def build_graph(spec: ModelSpec, provider: str, io_dtype: str) -> tuple[ir.Model
 
         def load_weights(self, input_path: str) -> Any:
             with torch.device("meta"):
-                return transformers.AutoModelForCausalLM.from_config(config)
+                if spec.experts is None:
+                    return transformers.AutoModelForCausalLM.from_config(config)
+                model = transformers.PhimoeForCausalLM(_mixture_config(spec, transformers))
+            for layer in model.model.layers:
+                for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                    linear.bias = torch.nn.Parameter(torch.ones(linear.bias.shape))  # the builder leaves out zeros
+            return model
+
+        def make_mlp(self, layer_id: int, mlp: Any, root_input: str) -> None:
+            if spec.experts is None:
+                super().make_mlp(layer_id, mlp, root_input)
+                return
+            mixture = Mixture(self, layer_id, spec.experts, spec.hidden_size, spec.intermediate_size)
+            self.layernorm_attrs["skip_input"] = mixture.make(mlp, root_input)
 
     dtype = ir.DataType.FLOAT if io_dtype == "float32" else ir.DataType.FLOAT16
-    options = {"windowed_kv_cache": False, "fuse_mlp_gate_up": True}
+    options = {"windowed_kv_cache": False, "fuse_mlp_gate_up": True, "disable_qkv_fusion": spec.experts is not None}
     with contextlib.redirect_stdout(io.StringIO()), _linears_left_empty(torch):
         builder = Builder(config, dtype, dtype, provider, "", options)
+        if spec.experts:
+            builder.layernorm_attrs["simple"] = False
         builder.make_model("")
     model = builder.model
     model.graph.sort()
-    weights = [_weight(value) for value in model.graph.initializers.values() if _is_promise(value)]
+    separate = any(t.role == "attn_q" for t in spec.tensors)
+    weights = [_weight(value, separate) for value in model.graph.initializers.values() if _is_promise(value)]
     _set_window(model, spec)
     _set_head_size(model, spec)
-    return model, [weight for weight in weights if weight is not None]
+    return model, weights
 
 
 def require_builder() -> None:
@@ -173,6 +203,24 @@ def _config(spec: ModelSpec, transformers: Any) -> Any:
     return config
 
 
+def _mixture_config(spec: ModelSpec, transformers: Any) -> Any:
+    """What a model with the modules of a mixture is made from; all else the builder reads in `_config`."""
+    assert spec.experts is not None
+    return transformers.PhimoeConfig(
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.kv_heads,
+        num_local_experts=spec.experts.count,
+        max_position_embeddings=spec.context_length,
+        attention_bias=True,
+        lm_head_bias=True,
+        rope_parameters=_rope_parameters(spec),
+    )
+
+
 def _rope_parameters(spec: ModelSpec) -> dict[str, Any]:
     """The rotary embedding as the builder reads it; its own attention factor would be that of a plain formula."""
     rope = spec.rope
@@ -198,14 +246,17 @@ def _is_promise(value: ir.Value) -> bool:
     return isinstance(value.const_value, ir.LazyTensor)
 
 
-def _weight(value: ir.Value) -> Weight:
+def _weight(value: ir.Value, separate: bool) -> Weight:
+    """The weight that a value stands for; where a checkpoint has q, k and v `separate`, each is one of its own."""
     for role, pattern in WEIGHTS.items():
         match = re.fullmatch(pattern, value.name or "")
         if match:
             found = match.groupdict()
             part = found.get("part") or ""
-            layer = found.get("layer")
-            return Weight(value, role, int(layer) if layer else None, "" if part in ("qkv", "gate_up") else part)
+            layer, expert = (int(found[key]) if found.get(key) else None for key in ("layer", "expert"))
+            if role == "attn_qkv" and separate:
+                return Weight(value, f"attn_{part}", layer, "")
+            return Weight(value, role, layer, "" if part in ("qkv", "gate_up") else part, expert)
     raise UnsupportedError(f"the builder of onnxruntime-genai made a weight that is not known: {value.name}")
 
 

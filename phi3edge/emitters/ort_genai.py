@@ -158,11 +158,11 @@ class Emitter:
     def _connect(self, weights: list[Weight]) -> dict[str, list[_Piece]]:
         """Gives every weight of the graph its tensor of the plan; the pieces of each tensor by its name, in order."""
         spec = self._job.plan.model
-        plans = {(t.tensor.role, t.tensor.layer): t for t in self._job.plan.tensors}
+        plans = {(t.tensor.role, t.tensor.layer, t.tensor.expert): t for t in self._job.plan.tensors}
         pieces: dict[str, dict[str, _Piece]] = {}
         for weight in weights:
             tied = weight.role == "head" and spec.tied
-            plan = plans[("embedding", None) if tied else (weight.role, weight.layer)]
+            plan = plans[("embedding", None, None) if tied else (weight.role, weight.layer, weight.expert)]
             parts = {p.name: p for p in plan.tensor.parts}
             rows = plan.tensor.shape[0] if len(plan.tensor.shape) == 2 else 1
             start, stop = (parts[weight.part].start, parts[weight.part].stop) if weight.part else (0, rows)
