@@ -41,7 +41,7 @@ fewer steps and less KV cache; and a small model that repeats itself is soon int
 PASSAGE = 32
 """So many equal tokens in a row are no chance: texts that share them overlap."""
 
-_VERSION = 1  # of what the model is made to write; raise it whenever the same inputs give other text
+_VERSION = 2  # of what the model is made to write; raise it whenever the same inputs give other text
 
 
 @dataclass(frozen=True, slots=True)

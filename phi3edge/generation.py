@@ -23,7 +23,7 @@ from phi3edge.types import ModelSpec
 if TYPE_CHECKING:
     from phi3edge.checkpoint import Checkpoint
 
-TEMPERATURE, TOP_P = 0.9, 0.95
+TEMPERATURE, TOP_P = 1.0, 0.99
 CANDIDATES = 512
 """Top-p is looked for among so many most likely tokens: sorting a whole vocabulary takes longer than the model."""
 

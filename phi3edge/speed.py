@@ -7,6 +7,7 @@ decoded token reads all weights and the KV cache once: its speed is held against
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import statistics
@@ -18,9 +19,10 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-from phi3edge import manifest
+from phi3edge import folders, manifest
 from phi3edge.bandwidth import read_bandwidth
 from phi3edge.errors import UsageError
+from phi3edge.files import write_text
 from phi3edge.genai_folder import is_genai
 from phi3edge.machine import usable_cores
 from phi3edge.progress import Stages, silent
@@ -332,6 +334,16 @@ def to_data(found: Benchmark) -> JSON:
             for run in found.runs
         ],
     }
+
+
+def write(found: Benchmark, artifact: Path) -> Path | None:
+    """Write bench.json into the folder of an artifact that phi3edge wrote; None for any other."""
+    folder = artifact if artifact.is_dir() else artifact.parent
+    if not (folder / manifest.NAME).is_file():
+        return None
+    content = {**to_data(found), "model": found.model.name}
+    write_text(folder / folders.BENCH, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return folder / folders.BENCH
 
 
 def _test_data(run: Run, test: Measurement) -> JSON:

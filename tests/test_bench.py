@@ -524,3 +524,14 @@ def test_what_is_no_artifact_is_refused(tmp_path: Path, checkpoint: Path) -> Non
         done = run(path)
         assert done.returncode == 2, path
         assert "Traceback" not in done.stderr
+
+
+def test_figures_go_into_a_folder_of_ours_and_nowhere_else(tmp_path: Path) -> None:
+    found = Benchmark(tmp_path / "x.gguf", 1, "f16", True, ())
+    assert speed.write(found, tmp_path) is None
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "phi3edge.json").write_text("{}")
+    written = speed.write(found, tmp_path / "x.gguf")
+    assert written == tmp_path / "bench.json"
+    assert json.loads(written.read_text())["model"] == "x.gguf"
+    assert str(tmp_path) not in written.read_text()

@@ -143,7 +143,7 @@ def test_an_existing_output_needs_force_and_is_replaced_whole(model, tmp_path):
     assert "--force" in error.value.hint
     assert tree(out) == before
     export(str(model), "android", recipe="q4_0", out=out, force=True)
-    assert sorted(tree(out)) == [manifest.NAME, "tiny-q4_0.gguf"]
+    assert sorted(tree(out)) == ["README.md", manifest.NAME, "tiny-q4_0.gguf"]
 
 
 def test_a_folder_that_is_not_ours_is_never_replaced(model, tmp_path):
@@ -221,7 +221,7 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(model, tmp_path):
     link.symlink_to(first.folder)
     export(str(model), "android", recipe="q4_0", out=link, force=True)
     assert link.is_symlink()
-    assert sorted(tree(tmp_path / "v1")) == [manifest.NAME, "tiny-q4_0.gguf"]
+    assert sorted(tree(tmp_path / "v1")) == ["README.md", manifest.NAME, "tiny-q4_0.gguf"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "v1"]
 
 

@@ -128,6 +128,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     talk = scripted(b"x" * 100)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     asked: Iterator[str | type[BaseException]] = iter(["one", KeyboardInterrupt, "two", "", EOFError])
 
     def ask(prompt: str) -> str:
@@ -151,6 +152,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(
     assert said.err.count("tokens; first after") + said.err.count("tokens/s; first after") == 2
     with pytest.raises(KeyboardInterrupt):  # afterwards Ctrl-C is again what it was
         signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_sampling() -> None:

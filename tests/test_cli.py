@@ -47,7 +47,8 @@ def test_export_writes_runs_and_reports(exported):
     assert said["folder"] == str(out)
     assert said["report"]["passed"] is True
     assert said["plan"]["recipe"] == "q8_0"
-    assert sorted(p.name for p in out.iterdir()) == ["phi3edge.json", "report.json", "tiny-q8_0.gguf"]
+    files = ["README.md", "phi3edge.json", "report.html", "report.json", "tiny-q8_0.gguf"]
+    assert sorted(p.name for p in out.iterdir()) == files
     assert json.loads((out / "report.json").read_text()) == said["report"]
 
 

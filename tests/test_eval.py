@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from _cards import manifest
 from _genai import write_genai
 from _gguf import write_gguf
 from _models import Shape, write_model
@@ -61,17 +62,15 @@ def exact(checkpoint: Path) -> Path:
     folder = checkpoint.parent / "exported"
     folder.mkdir()
     file = write_gguf(checkpoint, folder / "exact.gguf")
-    manifest = {
-        "schema": 1,
+    said = manifest("gguf") | {
         "files": [{"name": file.name, "bytes": file.stat().st_size, "sha256": "0" * 64}],
-        "model": {"checkpoint": str(checkpoint), "licence": None},
+        "model": manifest("gguf")["model"] | {"checkpoint": str(checkpoint)},
         "target": "desktop",
         "context": 512,
         "kv_cache": "f32",
-        "recipe": {"name": "f32"},
         "notes": [],
     }
-    (folder / "phi3edge.json").write_text(json.dumps(manifest))
+    (folder / "phi3edge.json").write_text(json.dumps(said))
     return folder
 
 

@@ -12,7 +12,7 @@ from _models import GROUPED, MHA, TIED, Shape, write_model
 from phi3edge.checkpoint import open_checkpoint
 from phi3edge.families import parse_config
 from phi3edge.forward import Decoder
-from phi3edge.generation import Cache, Fit, apply, choose, fit, generate, load, step
+from phi3edge.generation import TEMPERATURE, Cache, Fit, apply, choose, fit, generate, load, step
 from phi3edge.reference import load_model
 from phi3edge.types import ModelSpec
 
@@ -69,11 +69,11 @@ def test_bfloat16_is_near(tmp_path: Path) -> None:
 
 
 def test_sampling_keeps_to_the_most_likely_tokens_and_their_shares() -> None:
-    shares = torch.tensor([0.02, 0.5, 0.3, 0.01, 0.16, 0.01])  # tempered; 1, 2 and 4 hold 0.95 of it together
-    logits = 0.9 * shares.log()
+    shares = torch.tensor([0.004, 0.5, 0.332, 0.002, 0.16, 0.002])  # tempered; 1, 2 and 4 hold 0.99 of it together
+    logits = TEMPERATURE * shares.log()
     uniform = torch.from_numpy(np.linspace(0, 1, 9600, endpoint=False, dtype=np.float32))
     counts = torch.bincount(choose(logits.expand(9600, -1), uniform), minlength=6)
-    torch.testing.assert_close(counts / 9600, torch.tensor([0, 0.5, 0.3, 0, 0.16, 0]) / 0.96, rtol=0, atol=1e-3)
+    torch.testing.assert_close(counts / 9600, torch.tensor([0, 0.5, 0.332, 0, 0.16, 0]) / 0.992, rtol=0, atol=1e-3)
     largest = torch.tensor([1 - 2**-24])
     assert choose(logits[None], largest).tolist() == [4]
 

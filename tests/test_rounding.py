@@ -1,12 +1,15 @@
 """Calibrated exports, end to end: what is written, what is said about it, and what is refused."""
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from _models import GROUPED, write_model
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from phi3edge import folders
@@ -15,6 +18,7 @@ from phi3edge.cli.app import app
 from phi3edge.errors import MissingExtraError, OutputError, UnsupportedError, UsageError
 from phi3edge.proof import Protocol, validate_artifact
 from phi3edge.rounding import Rounding, default_sequences, require_rounding
+from phi3edge.text import default_text
 from phi3edge.validate import Windows
 
 TWO = Protocol(windows=Windows(2))
@@ -57,11 +61,29 @@ def test_gptq_is_nearer_to_the_reference_than_rtn(made: Path, model: Path, tmp_p
     assert kl[0] < kl[1]
 
 
-def test_a_real_model_keeps_more_than_half_of_what_rounding_to_nearest_loses(tmp_path: Path) -> None:
+def test_a_real_model_keeps_more_than_half_of_what_rounding_to_nearest_loses(demo: Path, tmp_path: Path) -> None:
+    """On the demo's first two blocks, with its embedding and head left as they are."""
+    part = tmp_path / "part"
+    part.mkdir()
+    for path in demo.iterdir():
+        if "safetensors" not in path.name:
+            shutil.copy(path, part)
+    config = json.loads((part / "config.json").read_text())
+    (part / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    tensors = {name: t for shard in demo.glob("*.safetensors") for name, t in load_file(shard).items()}
+    later = re.compile(r"model\.layers\.([2-9]|\d\d)\.")
+    save_file({n: t for n, t in tensors.items() if not later.match(n)}, part / "model.safetensors", {"format": "pt"})
+    words = tmp_path / "words.txt"
+    words.write_text(default_text().text[600_000:640_000])  # far from the beginning, which is scored
+    recipe = tmp_path / "linears.toml"
+    recipe.write_text(
+        'summary = "blocks only"\nformats = ["gguf"]\n'
+        '[codecs]\nlinear = "q4_0"\nembedding = "f16"\nhead = "f16"\nnorm = "f32"\n'
+    )
     kl = {}
     for method in ("rtn", "gptq"):
-        rounding = Rounding(method, "python", sequences=8)
-        made = export("demo", "cpu", format_="gguf", recipe="q4_0", out=tmp_path / method, rounding=rounding)
+        rounding = Rounding(method, str(words), sequences=8)
+        made = export(str(part), "cpu", format_="gguf", recipe=str(recipe), out=tmp_path / method, rounding=rounding)
         kl[method] = validate_artifact(made.folder, protocol=TWO)[0].metrics["kl_mean"].value
     assert kl["gptq"] < 0.5 * kl["rtn"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -40,23 +41,28 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
-app.command("export")(export.export)
-app.command("validate")(validate.validate)
-app.command("compare")(compare.compare)
-app.command("chat")(chat.chat)
-app.command("layers")(layers.layers)
-app.command("bench")(bench.bench)
-app.command("eval")(evaluation.run)
-app.command("ci")(ci.ci)
-app.command("calibrate")(calibrate.calibrate)
-app.command("plan")(plan.plan)
-app.command("inspect")(inspect.inspect)
-app.command("verify")(verify.verify)
-app.command("pull")(pull.pull)
-app.command("push")(push.push)
-app.command("targets")(listings.targets)
-app.command("recipes")(listings.recipes)
-app.command("doctor")(doctor.doctor)
+MAKE, PROVE, LOOK = "Make an artifact", "Prove it", "Look around"
+COMMANDS: dict[str, tuple[Callable[..., object], str]] = {
+    "export": (export.export, MAKE),
+    "plan": (plan.plan, MAKE),
+    "calibrate": (calibrate.calibrate, MAKE),
+    "pull": (pull.pull, MAKE),
+    "push": (push.push, MAKE),
+    "validate": (validate.validate, PROVE),
+    "compare": (compare.compare, PROVE),
+    "ci": (ci.ci, PROVE),
+    "layers": (layers.layers, PROVE),
+    "bench": (bench.bench, PROVE),
+    "eval": (evaluation.run, PROVE),
+    "chat": (chat.chat, LOOK),
+    "inspect": (inspect.inspect, LOOK),
+    "verify": (verify.verify, LOOK),
+    "targets": (listings.targets, LOOK),
+    "recipes": (listings.recipes, LOOK),
+    "doctor": (doctor.doctor, LOOK),
+}
+for name, (command, panel) in COMMANDS.items():
+    app.command(name, rich_help_panel=panel)(command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -15,6 +15,7 @@ import typer
 from phi3edge import speed
 from phi3edge.cli._options import JsonOption
 from phi3edge.cli._output import note, print_json, progress, stdout, table
+from phi3edge.cli._pages import refresh_pages
 from phi3edge.errors import UsageError
 from phi3edge.folders import artifacts_in
 from phi3edge.speed import Benchmark, Measurement, Run, Sweep, spread
@@ -60,6 +61,7 @@ def bench(
     Every combination of the lists is a test. The tests are llama-bench's: pp512 evaluates a prompt of 512 random
     tokens, tg128 decodes 128 tokens, @ d1024 does so behind 1024 others. The roofline is the memory bandwidth, measured
     in the same run, over the bytes that a decoded token reads. Nothing else should run on the machine meanwhile.
+    The figures are also written into an exported folder, as bench.json, and into its page.
 
     Examples: `phi3edge bench dist/demo-iphone`,
     `phi3edge bench model.gguf --prompt 128,512 --decode 64 --depth 0,1024 --threads 1,2`,
@@ -82,6 +84,8 @@ def bench(
     )
     with progress(quiet=as_json) as stages:
         found = speed.benchmark(artifact, sweep, stages)
+    if kept := speed.write(found, artifact):
+        refresh_pages(kept.parent, quiet=True)
     if as_json:
         print_json(speed.to_data(found))
         return

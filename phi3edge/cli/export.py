@@ -20,6 +20,7 @@ from phi3edge.cli._options import (
     JsonOption,
     KVCacheOption,
     MethodOption,
+    PositionsOption,
     RecipeOption,
     SequencesOption,
     StatisticsOption,
@@ -60,6 +61,7 @@ def export(
     validation: Annotated[bool, typer.Option("--validate/--no-validate", help="Run it beside the reference.")] = True,
     text: TextOption = None,
     chunks: ChunksOption = 16,
+    positions: PositionsOption = True,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an earlier artifact; write what does not fit.")
     ] = False,
@@ -105,7 +107,7 @@ def export(
     if validation:
         try:
             with progress(quiet=as_json) as stages:
-                protocol = proof.Protocol(text, make_windows(chunks), threads=threads)
+                protocol = proof.Protocol(text, make_windows(chunks), positions=positions, threads=threads)
                 found, written = proof.prove(folder, None, None, protocol, stages)
         except Phi3EdgeError:
             note(f"written, but not validated; `phi3edge validate {folder}` does it later")
