@@ -52,8 +52,8 @@ class Decoder:
         """
         if spec.norm != self.NORM:
             raise UnsupportedError(
-                f"calibration, byte budgets and figures by layer are not computed for family {spec.family}",
-                "use --method rtn without statistics",
+                f"byte budgets, figures by layer and texts of its own are not computed for family {spec.family}",
+                "calibrate on --calibration python or a file",
             )
         self.spec = spec
         self.device = torch.device(device)

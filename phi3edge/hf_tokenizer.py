@@ -52,6 +52,7 @@ def load_hf_tokenizer(checkpoint: Path) -> Any:
     """
     import transformers
 
+    transformers.utils.logging.set_verbosity_error()  # it warns of keys of LongRoPE that it reads all the same
     if _read(checkpoint, "config.json").get("model_type") != SMALL:
         return transformers.AutoTokenizer.from_pretrained(
             checkpoint, config=readable_config(checkpoint), trust_remote_code=False, local_files_only=True

@@ -26,7 +26,6 @@ from phi3edge.types import BlockSparse, ModelSpec
 QUERIES = 256
 """Whose attention is computed at once."""
 
-
 KeysValues = tuple[Tensor, Tensor]
 """Keys after their rotation, and values: float32 (sequences, KV heads, tokens, head size)."""
 

@@ -217,7 +217,7 @@ def _mixture_config(spec: ModelSpec, transformers: Any) -> Any:
         max_position_embeddings=spec.context_length,
         attention_bias=True,
         lm_head_bias=True,
-        rope_parameters=_rope_parameters(spec),
+        rope_parameters={"rope_type": "default", "rope_theta": spec.rope.theta},
     )
 
 
