@@ -152,6 +152,14 @@ def test_round_to_nearest_recipes_round_experts_and_nothing_that_is_compared(
     assert 1e-5 < found < limit
 
 
+def test_a_router_in_f16_is_refused(model: Path, tmp_path: Path) -> None:
+    """Shrunk, its weights would be subnormal numbers there."""
+    own = tmp_path / "own.toml"
+    own.write_text('summary = "x"\nformats = ["gguf"]\n[codecs]\nlinear = "q8_0"\nnorm = "f32"\nrouter = "f16"\n')
+    with pytest.raises(UnsupportedError, match="router is too small for f16"):
+        export_gguf(model, tmp_path / "out", str(own))
+
+
 def test_parts_hold_whole_tensors(sharp: Path, tmp_path: Path) -> None:
     made = export_gguf(sharp, tmp_path / "out", split_max_size=4_000_000)
     assert len(made.files) > 3

@@ -222,6 +222,10 @@ def metadata(
     architecture = spec.family
     if architecture not in ARCHITECTURES:
         raise UnsupportedError(f"llama.cpp has no architecture for family {architecture}")
+    if any(t.codec == "f16" for t in plan.tensors if t.tensor.role == "router"):
+        raise UnsupportedError(
+            "a router is too small for f16 as llama.cpp needs it", "give role router f32 in the recipe"
+        )
     if spec.heads * spec.head_dim != spec.hidden_size:
         raise UnsupportedError(
             f"llama.cpp's {architecture} needs heads * head_dim = hidden_size, got {spec.heads} * {spec.head_dim}"
