@@ -37,7 +37,7 @@ class Cache:
     Attributes:
         ids: the tokens, int64 (sequences, tokens): where LongRoPE's factors change, all keys are computed anew.
         is_long: whether the keys are rotated by the factors for more than the original context.
-        layers: keys and values by layer; none where nothing was seen, or all is to be rotated anew.
+        layers: keys and values by layer; none where nothing was seen.
     """
 
     ids: Tensor
@@ -171,11 +171,12 @@ class Phi3Small:
         cache = past_key_values or Cache(input_ids[:, :0])
         ids = torch.cat([cache.ids, input_ids], 1)
         is_long = decoder.is_long(ids.shape[1])
-        if is_long != cache.is_long:
-            cache.layers, input_ids = [], ids
+        seen = cache.layers if is_long == cache.is_long else []
+        if not seen:  # all keys are rotated anew
+            input_ids = ids
         h, held = decoder.embed(self._outer["embedding"][input_ids]), []
         for layer, weights in enumerate(self._layers):
-            past = cache.layers[layer] if cache.layers else None
+            past = seen[layer] if seen else None
             qkv = decoder.apply("attn_qkv", decoder.normed("attn_norm", h, weights), weights)
             mixed, kept = decoder.attend_with(qkv, layer, past, is_long)
             h = h + decoder.apply("attn_output", mixed, weights)
