@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from phi3edge.cache import cache_dir
 from phi3edge.codecs import codec, is_float, row_bytes
@@ -30,6 +29,7 @@ from phi3edge.files import write_text
 from phi3edge.forward import LINEARS, Decoder, Weights, load_block, load_outer
 from phi3edge.methods import CALIBRATED, SCALED
 from phi3edge.methods.gptq import DAMPING
+from phi3edge.phi3small import decoder_of
 from phi3edge.progress import Stages, silent
 from phi3edge.reference import fingerprint
 from phi3edge.registry import load
@@ -142,7 +142,7 @@ class _Run:
     ) -> None:
         self._checkpoint, self._plan, self._ids, self._folder = checkpoint, plan, ids, folder
         self._keep_values = keep_values
-        self._decoder = Decoder(plan.model, device)
+        self._decoder = decoder_of(plan.model, device)
         self._device = self._decoder.device
         self._planned = {(t.tensor.role, t.tensor.layer): t for t in plan.tensors}
         per_batch = max(1, _BATCH_TOKENS // ids.shape[1])
@@ -171,7 +171,7 @@ class _Run:
         for name, rows in (("float", table), ("rounded", self._round_alone(planned, table))):
             out = self._new(f"hidden-0-{name}", self._plan.model.hidden_size)
             for batch in self._batches:
-                out.write(batch, rows[ids[batch].to(self._device)])
+                out.write(batch, self._decoder.embed(rows[ids[batch].to(self._device)]))
 
     def _round_block(self, layer: int) -> list[LinearFigures]:
         weights, scaled = self._scaled_block(layer)
@@ -199,7 +199,7 @@ class _Run:
             return weights, {}
         states = self._states(f"hidden-{layer}-rounded", self._plan.model.hidden_size)
         hidden = (states.read(batch).to(self._device) for batch in self._batches)
-        found = find_scales(self._decoder, planned, weights, hidden, self._keep_values)
+        found = find_scales(self._decoder, planned, weights, hidden, self._keep_values, layer)
         folded = fold(self._plan.model, planned, weights, {role: scales.values for role, scales in found.items()})
         return folded, {role: scales.error for role, scales in found.items()}
 
@@ -224,10 +224,12 @@ class _Run:
         if planned is None or planned.method not in CALIBRATED:
             return []
         moments = _Moments(load_outer(self._checkpoint, spec, "head", self._device))
-        gain = load_outer(self._checkpoint, spec, "output_norm", self._device)
+        roles = [role for role, layer in self._planned if layer is None and role.startswith("output_norm")]
+        outer = {role: load_outer(self._checkpoint, spec, role, self._device) for role in roles}
         true, real = (self._states(f"hidden-{spec.layers}-{name}", spec.hidden_size) for name in ("float", "rounded"))
         for batch in self._batches:
-            moments.add(*(self._decoder.norm(h.read(batch).to(self._device), gain) for h in (true, real)))
+            states = (h.read(batch).to(self._device) for h in (true, real))
+            moments.add(*(self._decoder.normed("output_norm", h, outer) for h in states))
         return self._round(planned, moments)[1]
 
     def _round(self, planned: TensorPlan, moments: _Moments) -> tuple[Tensor, list[LinearFigures]]:
@@ -261,7 +263,7 @@ class _Run:
         before = self._states(f"hidden-{layer}-{name}", spec.hidden_size)
         after = self._new(f"hidden-{layer + 1}-{name}", spec.hidden_size)
         inner = self._new(f"hidden-inner-{name}", max(spec.heads * spec.head_dim, spec.intermediate_size))
-        return _Path(self._decoder, weights, before, after, inner)
+        return _Path(self._decoder, layer, weights, before, after, inner)
 
     def _states(self, name: str, width: int) -> _States:
         return _States(self._folder / name, self._ids.shape[1], width)
@@ -299,9 +301,11 @@ class _States:
 class _Path:
     """A way of the calibration text through one block, linear by linear; states are kept by batch of sequences."""
 
-    def __init__(self, decoder: Decoder, weights: Weights, before: _States, after: _States, inner: _States) -> None:
+    def __init__(
+        self, decoder: Decoder, layer: int, weights: Weights, before: _States, after: _States, inner: _States
+    ) -> None:
         """The hidden states before the block, and files for those after it and for what the inner linears take."""
-        self._decoder, self._weights = decoder, weights
+        self._decoder, self._layer, self._weights = decoder, layer, weights
         self._before, self._after, self._inner = before, after, inner
         self._inputs = {
             "attn_qkv": self._attention_input,
@@ -320,22 +324,23 @@ class _Path:
         self._after.write(batch, h)
 
     def _attention_input(self, batch: slice) -> Tensor:
-        return self._decoder.norm(self._read(self._before, batch), self._weights["attn_norm"])
+        return self._decoder.normed("attn_norm", self._read(self._before, batch), self._weights)
 
     def _mixed(self, batch: slice) -> Tensor:
-        return self._keep(self._decoder.attend(self._apply("attn_qkv", self._attention_input(batch))), batch)
+        qkv = self._apply("attn_qkv", self._attention_input(batch))
+        return self._keep(self._decoder.attend(qkv, self._layer), batch)
 
     def _ffn_input(self, batch: slice) -> Tensor:
         h = self._read(self._before, batch) + self._apply("attn_output", self._taken("attn_output", batch))
         self._after.write(batch, h)
-        return self._decoder.norm(h, self._weights["ffn_norm"])
+        return self._decoder.normed("ffn_norm", h, self._weights)
 
     def _gated(self, batch: slice) -> Tensor:
-        x = self._decoder.norm(self._read(self._after, batch), self._weights["ffn_norm"])
+        x = self._decoder.normed("ffn_norm", self._read(self._after, batch), self._weights)
         return self._keep(self._decoder.gate(self._apply("ffn_gate_up", x)), batch)
 
     def _apply(self, role: str, x: Tensor) -> Tensor:
-        return linear(x, self._weights[role])
+        return self._decoder.apply(role, x, self._weights)
 
     def _keep(self, x: Tensor, batch: slice) -> Tensor:
         self._inner.write(batch, x)

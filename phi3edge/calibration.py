@@ -81,7 +81,8 @@ def calibration_text(
         wanted: "self": what the model itself writes, half answers to PROMPTS, half begun with a random word; "python":
             documentation inside the Python that runs this, none of it in the default text of validation;
             "self+python": half the sequences each; "hub:ORG/NAME[@REVISION]:FILE": a text file, or JSON lines with a
-            field "text", of a hub dataset; else a path of a text file. None for DEFAULT.
+            field "text", of a hub dataset; else a path of a text file. None for DEFAULT, or for "python" where the
+            family is none that writes here.
         checkpoint: folder in Hugging Face layout.
         spec: the model in it.
         sequences: how many; of a shorter text as many as it has, if they are at least LEAST_SEQUENCES.
@@ -99,7 +100,7 @@ def calibration_text(
         CheckpointError: the checkpoint or its tokenizer cannot be read.
         OutputError: what the model wrote cannot be kept.
     """
-    wanted = wanted or DEFAULT
+    wanted = wanted or (DEFAULT if spec.family == "phi3" else PYTHON)  # others do not write a text here
     if tokens > spec.context_length:
         raise UsageError(f"{tokens} tokens a sequence are more than the model's context of {spec.context_length}")
 

@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 
 CONFIG, GENERATION_CONFIG, MODEL_CARD = "config.json", "generation_config.json", "README.md"
 INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+RANKS = "cl100k_base.tiktoken"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
+    RANKS,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

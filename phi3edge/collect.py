@@ -203,8 +203,8 @@ def collect(
     """
     import torch
 
-    from phi3edge.forward import Decoder
     from phi3edge.mixture import MixtureDecoder
+    from phi3edge.phi3small import decoder_of
 
     _check_ids(ids, spec)
     _begin(
@@ -213,7 +213,7 @@ def collect(
     if spec.experts:
         run: _Run = _MixtureRun(checkpoint, spec, ids, work, moments, MixtureDecoder(spec))
     else:
-        run = _Run(checkpoint, spec, ids, work, moments, Decoder(spec, device))
+        run = _Run(checkpoint, spec, ids, work, moments, decoder_of(spec, device))
     with torch.inference_mode(), stages("statistics", (spec.layers + 1) * len(ids)) as advance:
         if not (work / block_file(None)).exists():
             start = run.newest()
@@ -254,7 +254,7 @@ class _Run:
         embedding = load_outer(self.checkpoint, self.spec, "embedding")
         with new_file(self.hidden(0)) as file:
             for part in self.batches():
-                file.write(embedding[self.ids[part]].numpy().data)
+                file.write(self.decoder.embed(embedding[self.ids[part]]).numpy().data)
         return 0
 
     def block(self, layer: int, advance: Advance) -> None:
@@ -266,7 +266,7 @@ class _Run:
         sums = {r: Accumulator(weights[r].shape[1], self.moments, self.decoder.device) for r in LINEARS}
         with new_file(self.hidden(layer + 1)) as file:
             for part in self.batches():
-                h = self.decoder.block(self.read(layer, part), weights, lambda role, x: sums[role].add(x))
+                h = self.decoder.block(self.read(layer, part), weights, lambda role, x: sums[role].add(x), layer)
                 file.write(h.cpu().numpy().data)
                 advance(len(h))
             self.write(layer, sums)
@@ -277,11 +277,12 @@ class _Run:
         from phi3edge.accumulate import Accumulator
         from phi3edge.forward import load_outer
 
-        gain = load_outer(self.checkpoint, self.spec, "output_norm", self.decoder.device)
+        roles = [t.role for t in self.spec.tensors if t.role.startswith("output_norm")]
+        outer = {role: load_outer(self.checkpoint, self.spec, role, self.decoder.device) for role in roles}
         sums = Accumulator(self.spec.hidden_size, self.moments, self.decoder.device)
         for part in self.batches():
             h = self.read(self.spec.layers, part)
-            sums.add(self.decoder.norm(h, gain))
+            sums.add(self.decoder.normed("output_norm", h, outer))
             advance(len(h))
         self.write(None, {"embedding" if self.spec.tied else "head": sums})
 

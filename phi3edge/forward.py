@@ -52,8 +52,8 @@ class Decoder:
         """
         if spec.norm != self.NORM:
             raise UnsupportedError(
-                f"calibration, byte budgets and figures by layer are not computed for family {spec.family}",
-                "use --method rtn without statistics",
+                f"byte budgets, figures by layer and texts of its own are not computed for family {spec.family}",
+                "calibrate on --calibration python or a file",
             )
         self.spec = spec
         self.device = torch.device(device)
@@ -65,15 +65,28 @@ class Decoder:
         }
         self._tables: tuple[tuple[bool, int, int], Tensor, Tensor] | None = None
 
+    def embed(self, rows: Tensor) -> Tensor:
+        """Hidden states before the first block, from rows of the embedding."""
+        return rows
+
+    def normed(self, role: str, h: Tensor, weights: Weights) -> Tensor:
+        """Hidden states through a norm of a block."""
+        return self.norm(h, weights[role])
+
+    def apply(self, role: str, x: Tensor, weights: Weights) -> Tensor:
+        """A linear of a block."""
+        return linear(x, weights[role])
+
     def norm(self, h: Tensor, gain: Tensor) -> Tensor:
         """RMSNorm over the last axis."""
         return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.spec.norm_eps) * gain
 
-    def attend(self, qkv: Tensor) -> Tensor:
+    def attend(self, qkv: Tensor, layer: int = 0) -> Tensor:
         """Causal attention of whole sequences: from the fused queries, keys and values to the input of attn_output.
 
         Args:
             qkv: shape (sequences, tokens, (heads + 2 * KV heads) * head size), positions from 0.
+            layer: index of the block, for a family whose blocks look at different positions.
 
         Returns:
             Shape (sequences, tokens, heads * head size).
@@ -126,14 +139,14 @@ class Decoder:
         gate, up = gate_up.chunk(2, -1)
         return silu(gate) * up
 
-    def block(self, h: Tensor, weights: Weights, observe: Observe = lambda role, x: None) -> Tensor:
-        """A whole decoder block: hidden states in and out, shape (sequences, tokens, hidden)."""
-        observe("attn_qkv", x := self.norm(h, weights["attn_norm"]))
-        observe("attn_output", x := self.attend(linear(x, weights["attn_qkv"])))
-        h = h + linear(x, weights["attn_output"])
-        observe("ffn_gate_up", x := self.norm(h, weights["ffn_norm"]))
-        observe("ffn_down", x := self.gate(linear(x, weights["ffn_gate_up"])))
-        return h + linear(x, weights["ffn_down"])
+    def block(self, h: Tensor, weights: Weights, observe: Observe = lambda role, x: None, layer: int = 0) -> Tensor:
+        """A whole decoder block: hidden states in and out, shape (sequences, tokens, hidden). `layer`: see `attend`."""
+        observe("attn_qkv", x := self.normed("attn_norm", h, weights))
+        observe("attn_output", x := self.attend(self.apply("attn_qkv", x, weights), layer))
+        h = h + self.apply("attn_output", x, weights)
+        observe("ffn_gate_up", x := self.normed("ffn_norm", h, weights))
+        observe("ffn_down", x := self.gate(self.apply("ffn_gate_up", x, weights)))
+        return h + self.apply("ffn_down", x, weights)
 
 
 def load_block(

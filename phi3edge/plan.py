@@ -27,6 +27,12 @@ RUNTIME_BYTES = 64 * 2**20
 """What a runtime takes besides weights, KV cache and scratch: code, vocabulary, graph. Measured near 50 MiB."""
 
 
+NO_GGUF = {
+    "phi3small": "llama.cpp has no architecture with block-sparse attention, whose mask differs from head to head",
+}
+"""Families that no GGUF file can hold, and why."""
+
+
 def make_plan(model: ModelSpec, name: str, recipe: Recipe, choices: Mapping[str, Option] | None = None) -> QuantPlan:
     """Choose a codec and method for every tensor of a model.
 
@@ -65,6 +71,10 @@ def _plan_tensor(
     )
 
 
+NO_BUDGET = ("phi3small",)
+"""Families whose sensitivity to rounding is not computed."""
+
+
 def budget_codecs(
     model: ModelSpec, name: str, recipe: Recipe, target: Target, format_: Format
 ) -> dict[str, tuple[str, ...]]:
@@ -75,8 +85,11 @@ def budget_codecs(
 
     Raises:
         ConfigError: no codec is left for a tensor.
+        UnsupportedError: a family that no budget is computed for.
     """
     assert recipe.budget is not None
+    if model.family in NO_BUDGET:
+        raise UnsupportedError(f"byte budgets are not computed for family {model.family}", "name a recipe instead")
     found = {}
     for tensor in model.tensors:
         if stays_float(tensor.role) or tensor.grid is not None:
@@ -249,15 +262,24 @@ def require_format(model: ModelSpec, format_: Format, runtime: Runtime) -> None:
         )
     if model.experts and runtime.kv_cache == "int8":
         raise UnsupportedError(f"{model.name}: an int8 KV cache is not calibrated for a mixture of experts")
+    if format_ == "gguf" and model.family in NO_GGUF:
+        raise UnsupportedError(
+            f"{model.name} cannot be a GGUF file: {NO_GGUF[model.family]}", "write it with --format onnx"
+        )
 
 
 def require_kernels(plan: QuantPlan, target_name: str, target: Target, format_: Format) -> None:
     """Raise unless the target's runtime has kernels for every codec of a plan.
 
     Raises:
-        UnsupportedError: with the role, its codec, and the codecs that the runtime takes there.
+        UnsupportedError: with the role, its codec, and the codecs that the runtime takes there; or with the KV cache.
     """
     runtime, model = target.formats[format_], plan.model
+    if runtime.kv_cache == "int8" and model.block_sparse:
+        raise UnsupportedError(
+            f"{model.name} keeps its KV cache in floats: ONNX Runtime's SparseAttention has none of 8 bits",
+            "use --kv-cache f32",
+        )
     for role, name in dict.fromkeys((t.tensor.role, t.codec) for t in plan.tensors):
         known = known_codecs(role, model, runtime, format_)
         if name not in known and not (is_float(name) and stays_float(role)):

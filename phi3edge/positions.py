@@ -1,7 +1,8 @@
-"""Positions at which runtimes stop being the model: behind a sliding window, and where LongRoPE changes its factors.
+"""Positions at which runtimes stop being the model: where it sees less than everything, and where LongRoPE changes.
 
-Phi-3-mini-4k looks back 2,047 positions, which some runtimes forget; the 128k models rotate by other factors as soon as
-a sequence is longer than 4,096 tokens, which some runtimes decide by the context that they were opened with.
+Phi-3-mini-4k looks back 2,047 positions, which some runtimes forget; Phi-3-small's sparse layers leave out blocks from
+1,024 tokens on; the 128k models rotate by other factors as soon as a sequence is longer than 4,096 tokens (8,192 for
+small), which some runtimes decide by the context that they were opened with.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def probes(spec: ModelSpec, context: int) -> list[Probe]:
     Empty for a model without boundaries, or a context that reaches none.
     """
     rope = spec.original_context_length if spec.rope.by_length else None
-    boundaries = sorted({n for n in (spec.sliding_window, rope) if n is not None and n + BAND < context})
+    sparse = spec.block_sparse.block * spec.block_sparse.local if spec.block_sparse else None
+    limits = (spec.sliding_window, sparse, rope)
+    boundaries = sorted({n for n in limits if n is not None and n + BAND < context})
     if not boundaries:
         return []
     bands = [range(n + shift, n + shift + BAND) for n in boundaries for shift in (-BAND, 0)]

@@ -29,6 +29,7 @@ from phi3edge.distributions import DRAWN, TOP, Distributions, Keeper, open_kept
 from phi3edge.errors import CheckpointError, MissingExtraError, OutputError, Phi3EdgeError, UsageError
 from phi3edge.families import parse_config
 from phi3edge.hf_config import readable_config
+from phi3edge.hf_tokenizer import load_hf_tokenizer
 from phi3edge.progress import Stages, silent
 from phi3edge.types import JSON
 from phi3edge.units import size
@@ -36,7 +37,10 @@ from phi3edge.units import size
 CACHE_BYTES = 10**9
 """What kept passes may take on disk; the oldest go first. The newest stays whatever its size."""
 
-OWN = {"phimoe": "transformers forgets LongRoPE's long factors"}
+OWN = {
+    "phimoe": "transformers forgets LongRoPE's long factors",
+    "phi3small": "transformers has none, and the repository's code needs flash-attn and triton",
+}
 """Families that phi3edge computes itself, and why."""
 
 SHARED = "shared.npy"
@@ -100,11 +104,11 @@ def load_tokenizer(checkpoint: Path) -> Any:
         MissingExtraError: transformers is not installed.
         CheckpointError: the folder has no tokenizer that transformers can read.
     """
-    transformers = _transformers()
+    _transformers()
     try:
-        return transformers.AutoTokenizer.from_pretrained(
-            checkpoint, config=readable_config(checkpoint), trust_remote_code=False, local_files_only=True
-        )
+        return load_hf_tokenizer(checkpoint)
+    except Phi3EdgeError:
+        raise
     except Exception as error:  # transformers raises many kinds
         raise CheckpointError(
             f"transformers cannot read the tokenizer of {checkpoint.name}: {_one_line(error)}"
@@ -175,7 +179,7 @@ def _run(checkpoint: Path, wanted: Wanted, work: Path, stages: Stages) -> None:
     transformers = _transformers()
     import torch
 
-    own = model_type(checkpoint) in OWN
+    own, mixture = model_type(checkpoint) in OWN, model_type(checkpoint) == "phimoe"
     with stages("load reference", None):
         model = load_model(checkpoint)
     vocabulary, shape = model.config.vocab_size, (len(wanted.chunks), wanted.rows)
@@ -186,7 +190,7 @@ def _run(checkpoint: Path, wanted: Wanted, work: Path, stages: Stages) -> None:
                 ids = torch.from_numpy(chunk)
                 given = model(ids[None], use_cache=False, logits_to_keep=wanted.rows + 1)
                 log_probs = torch.log_softmax(given.logits[0, :-1], -1)
-                if own:
+                if mixture:
                     shared[i] = given.shared[0, wanted.first : -1].numpy()
                 text_log_probs[i] = log_probs.gather(1, ids[wanted.first + 1 :, None])[:, 0].numpy()
                 keeper.add(log_probs.numpy())
@@ -207,7 +211,7 @@ def _run(checkpoint: Path, wanted: Wanted, work: Path, stages: Stages) -> None:
                 answers.append(_greedy(model, prompt, wanted.greedy_tokens, eos_ids(checkpoint)))
                 advance(1)
     np.save(work / "text_log_probs.npy", text_log_probs)
-    if own:
+    if mixture:
         np.save(work / SHARED, shared)
     by = ("phi3edge", __version__) if own else ("transformers", transformers.__version__)
     software = dict([by, ("torch", torch.__version__)])
@@ -230,9 +234,14 @@ def load_model(checkpoint: Path) -> Any:
     """
     _transformers()
     if model_type(checkpoint) in OWN:
-        from phi3edge.mixture import load_mixture
+        if model_type(checkpoint) == "phimoe":  # whose experts need not stay in memory
+            from phi3edge.mixture import load_mixture
 
-        return load_mixture(checkpoint)
+            return load_mixture(checkpoint)
+        from phi3edge.phi3small import load_phi3small
+
+        _check_memory(checkpoint)
+        return load_phi3small(checkpoint)
     _check_memory(checkpoint)
     try:
         return _load(checkpoint).eval()

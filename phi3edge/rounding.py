@@ -106,8 +106,13 @@ def require_rounding(rounding: Rounding, calibrated: bool) -> None:
 
 
 def basis_of(source: Checkpoint, plan: QuantPlan, kv_cache: str) -> Checkpoint | Rewritten:
-    """The weights in the basis in which a plan rounds them: the checkpoint's own, unless gptq alone rounds them."""
+    """The weights in the basis in which a plan rounds them: the checkpoint's own, unless gptq alone rounds them.
+
+    A LayerNorm depends on more than its input's length: a model with those cannot be turned.
+    """
     if not is_calibrated(plan) or any(t.method in ("imported", *SCALED) for t in plan.tensors):
+        return source
+    if plan.model.norm != "rms":
         return source
     from phi3edge.rewrite import Rewritten
 

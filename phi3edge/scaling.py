@@ -3,7 +3,7 @@
     attn_norm's gain -> attn_qkv;  v's rows -> attn_output;  ffn_norm's gain -> ffn_gate_up;  up's rows -> ffn_down
 
 The left side is divided by them, the columns of the right side are multiplied. v's channels are few where query heads
-share a head of keys and values: then several columns of attn_output have one scale.
+share a head of keys and values: then several columns of attn_output have one scale. Biases are divided with their rows.
 """
 
 from __future__ import annotations
@@ -35,7 +35,12 @@ Planned = Mapping[str, TensorPlan]
 
 
 def find_scales(
-    decoder: Decoder, planned: Planned, weights: Weights, hidden: Iterable[Tensor], keep_values: bool
+    decoder: Decoder,
+    planned: Planned,
+    weights: Weights,
+    hidden: Iterable[Tensor],
+    keep_values: bool,
+    layer: int = 0,
 ) -> dict[str, Scales]:
     """Search the scales of every linear of a block whose method scales, on what its float weights compute.
 
@@ -45,14 +50,18 @@ def find_scales(
         weights: likewise.
         hidden: the states before the block in batches of sequences, shape (sequences, tokens, hidden).
         keep_values: True where something else was measured on the values as they are (an 8-bit KV cache).
+        layer: index of the block.
 
     Raises:
         UnsupportedError: inputs that are not finite; names the tensor.
     """
-    roles = [role for role in LINEARS if _may_scale(planned, role) and not (keep_values and role == "attn_output")]
+    fixed = {"attn_output"} if keep_values else set()
+    if decoder.spec.activation_limit is not None or decoder.spec.activation != "silu":
+        fixed.add("ffn_down")  # up is not what its rows give: it is held within limits, or 1 is added to it
+    roles = [role for role in LINEARS if _may_scale(planned, role) and role not in fixed]
     sums = {role: Accumulator(weights[role].shape[1], moments=True, device=decoder.device) for role in roles}
     for h in hidden:
-        decoder.block(h, weights, lambda role, x: sums[role].add(x) if role in sums else None)
+        decoder.block(h, weights, lambda role, x: sums[role].add(x) if role in sums else None, layer)
     found = {}
     for role in roles:
         statistics, weight = sums.pop(role).statistics(), weights[role].cpu().numpy()
@@ -91,12 +100,16 @@ def fold(spec: ModelSpec, planned: Planned, weights: Weights, scales: Mapping[st
         folded[role] = folded[role] * scale[channels(spec, role, weights[role].shape[1])]
         before, part = BEFORE[role]
         rows = _rows(planned[before], part)
-        divided = folded[before].clone()
-        divided[rows] /= scale.view(-1, *[1] * (divided.ndim - 1))
-        folded[before] = divided
+        for written in {before, f"{before}_bias"} & set(folded):
+            divided = folded[written].clone()
+            divided[rows] /= scale.view(-1, *[1] * (divided.ndim - 1))
+            folded[written] = divided
     return folded
 
 
-def _rows(planned: TensorPlan, part: str | None) -> slice:
-    named = {p.name: slice(p.start, p.stop) for p in planned.tensor.parts}
-    return slice(None) if part is None else named[part]
+def _rows(planned: TensorPlan, part: str | None) -> Tensor:
+    """Rows of a part; where a fused linear is interleaved, those of v0, v1 ... are v's."""
+    if part is None:
+        return torch.arange(planned.tensor.shape[0])
+    found = [p for p in planned.tensor.parts if p.name.rstrip("0123456789") == part]
+    return torch.cat([torch.arange(p.start, p.stop) for p in found])

@@ -11,7 +11,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path, PureWindowsPath
 from typing import Literal
@@ -324,10 +324,14 @@ def finish_folder(folder: Path, spec: ModelSpec, name: str, ids: np.ndarray, mom
 
 def identity(spec: ModelSpec) -> JSON:
     """What activations depend on, weights aside: the numbers of the model, and its tensors' names and shapes."""
-    numbers = {key: value for key, value in asdict(spec).items() if key not in NOT_OF_THE_FUNCTION}
-    for key in ("norm", "experts"):  # fields that came later: what an earlier folder lacks is the default
-        if getattr(spec, key) == ModelSpec.__dataclass_fields__[key].default:
-            del numbers[key]
+    later = {f.name: f.default for f in fields(spec) if f.default is not MISSING}
+    numbers = {
+        key: value
+        for key, value in asdict(spec).items()
+        if key not in NOT_OF_THE_FUNCTION and not (key in later and getattr(spec, key) == later[key])
+    }  # of fields that came later, what an earlier folder lacks is the default
+    if numbers["rope"]["long_attention_factor"] is None:
+        del numbers["rope"]["long_attention_factor"]
     shapes = json.dumps({t.name: t.shape for t in spec.tensors}, sort_keys=True)
     found = {**numbers, "tensors_sha256": hashlib.sha256(shapes.encode()).hexdigest()}
     return json.loads(json.dumps(found))  # as a file gives it back: LongRoPE's factors are lists there

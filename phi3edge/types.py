@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ ROLES = (
     "attn_k_bias",
     "attn_v",
     "attn_v_bias",
+    "attn_qkv_bias",
     "attn_output",
     "attn_output_bias",
     "ffn_norm",
@@ -28,7 +30,9 @@ ROLES = (
     "ffn_gate_up",
     "ffn_gate",
     "ffn_up",
+    "ffn_gate_up_bias",
     "ffn_down",
+    "ffn_down_bias",
     "output_norm",
     "output_norm_bias",
     "head",
@@ -104,6 +108,7 @@ class Rope:
         short_factors: dim / 2 of them; None for a plain rotary embedding.
         long_factors: the same for sequences longer than the original context.
         attention_factor: what cosine and sine are multiplied by.
+        long_attention_factor: the same for longer sequences, where that is another number.
     """
 
     theta: float
@@ -111,6 +116,7 @@ class Rope:
     short_factors: tuple[float, ...] | None = None
     long_factors: tuple[float, ...] | None = None
     attention_factor: float = 1.0
+    long_attention_factor: float | None = None
 
     @property
     def by_length(self) -> bool:
@@ -134,6 +140,34 @@ class Experts:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockSparse:
+    """Which keys a query sees in block-sparse attention, by blocks of `block` positions.
+
+    Causal, and of the blocks before its own a query sees the nearest `local` (its own is one of them) and every
+    `stride`-th: those where (block + shift * head + 1) is a multiple of `stride`.
+
+    Attributes:
+        shift: by how many blocks the stripes of one head are before those of the next; 0 if all heads see the same.
+        dense_every: every so many layers, the last of each group sees everything.
+    """
+
+    block: int
+    local: int
+    stride: int
+    shift: int
+    dense_every: int
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer, numbered from 0, is block-sparse."""
+        return (layer + 1) % self.dense_every != 0
+
+    @property
+    def patterns(self) -> int:
+        """How many different ones there are; heads take them in turn."""
+        return self.stride // math.gcd(self.shift, self.stride)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """A model as its config.json describes it: every number that its function depends on, and every tensor.
 
@@ -146,6 +180,13 @@ class ModelSpec:
         dtype: dtype of the weights in the checkpoint ("bfloat16", "float16", "float32").
         tied: the head is the embedding; then `tensors` has no "head".
         norm: "rms", or "layer" for LayerNorms, which subtract the mean and have biases.
+        activation: "silu" (SwiGLU), or "gegelu": a * sigmoid(1.702 a) * (b + 1), a and b in turn in the rows.
+        activation_limit: gegelu's a is at most so large, and b at most that far from 0; None for no limit.
+        block_sparse: the pattern of the layers that do not see everything, or None.
+        attention_scale: what query times key is multiplied by; None for 1 / sqrt(head_dim).
+        embedding_scale: what embeddings are multiplied by.
+        logit_scale: what logits are multiplied by.
+        masked_ids: tokens that are never predicted: their logits are the least float.
         experts: of each layer; None for one feed-forward network. `intermediate_size` is then that of one expert.
     """
 
@@ -171,6 +212,12 @@ class ModelSpec:
     dtype: str
     tensors: tuple[TensorSpec, ...] = field(repr=False)
     norm: str = "rms"
+    activation_limit: float | None = None
+    block_sparse: BlockSparse | None = None
+    attention_scale: float | None = None
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    masked_ids: tuple[int, ...] = ()
     experts: Experts | None = None
 
     @property

@@ -7,6 +7,7 @@ from _models import GROUPED, phi3_config
 
 from phi3edge.families import parse_config
 from phi3edge.positions import Probe, allocations, probes
+from phi3edge.types import BlockSparse
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,11 @@ def test_both_sides_of_a_sliding_window_and_the_end(spec) -> None:
     assert probes(windowed, 2048) == []
     assert probes(windowed, 2070) == [Probe(2070, (range(2031, 2047), range(2047, 2063)))]
     assert allocations(windowed, 4096) == [4096]
+
+
+def test_both_sides_of_where_sparse_layers_leave_blocks_out(spec) -> None:
+    sparse = replace(spec, sliding_window=None, block_sparse=BlockSparse(64, 16, 8, 1, 2))
+    assert probes(sparse, 2048) == [Probe(2048, (range(1008, 1024), range(1024, 1040), range(2031, 2047)))]
 
 
 def test_a_sequence_on_each_side_of_the_length_where_rotations_change(spec) -> None:

@@ -77,7 +77,7 @@ def genai_config(
             **{key: value for key, value in ids.items() if value is not None},
             "context_length": spec.context_length,
             "decoder": decoder,
-            "type": "phi3",
+            "type": spec.family,
             "vocab_size": spec.vocab_size,
         },
         "search": {
@@ -114,4 +114,4 @@ def hub_config(spec: ModelSpec, config: JSON) -> JSON:
     dropped = ("auto_map", "quantization_config")
     kept = {key: value for key, value in config.items() if key not in dropped}
     grouped = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    return kept | grouped if spec.kv_heads < spec.heads and not spec.experts else kept
+    return kept | grouped if spec.family == "phi3" and spec.kv_heads < spec.heads else kept

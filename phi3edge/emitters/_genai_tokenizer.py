@@ -23,8 +23,8 @@ from typing import Any
 
 from phi3edge.checkpoint import TOKENIZER_FILES, inside
 from phi3edge.emitters._genai_template import runtime_template
-from phi3edge.errors import CheckpointError, MissingExtraError, UnsupportedError
-from phi3edge.hf_config import readable_config
+from phi3edge.errors import CheckpointError, MissingExtraError, Phi3EdgeError, UnsupportedError
+from phi3edge.hf_tokenizer import load_hf_tokenizer
 from phi3edge.tokenizer import BYTES, GPT4O, LLAMA3, QWEN2, SPACE
 from phi3edge.types import JSON, ModelSpec
 
@@ -81,14 +81,11 @@ def tokenizer_files(checkpoint: Path, spec: ModelSpec) -> tuple[dict[str, bytes]
 
 def _load_reference(checkpoint: Path) -> Any:
     try:
-        import transformers
+        found = load_hf_tokenizer(checkpoint)
     except ImportError:
         raise MissingExtraError("writing ONNX Runtime GenAI folders", "onnx") from None
-    transformers.utils.logging.set_verbosity_error()  # it warns of keys of LongRoPE that it reads all the same
-    try:
-        found = transformers.AutoTokenizer.from_pretrained(
-            checkpoint, config=readable_config(checkpoint), trust_remote_code=False, local_files_only=True
-        )
+    except Phi3EdgeError:
+        raise
     except Exception as error:  # transformers raises many kinds
         cause = " ".join(str(error).split())[:300]
         raise CheckpointError(

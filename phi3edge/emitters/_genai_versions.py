@@ -24,6 +24,9 @@ INT8_CACHE = (1, 27)
 ODD_ROWS = (1, 27)
 """Versions before it gather rows of an odd number of blocks with 4-bit zero points wrongly (1.23 to 1.26 run)."""
 
+BLOCK_SPARSE = (1, 31)
+"""The only version that block-sparse attention was run in."""
+
 
 def requires(plan: QuantPlan, kv_cache: str) -> dict[str, str]:
     """Least version by the runtime's name, for the manifest.
@@ -37,6 +40,7 @@ def requires(plan: QuantPlan, kv_cache: str) -> dict[str, str]:
         ONNXRUNTIME,
         *([WINDOW] if window is not None and window < plan.model.context_length else []),
         *([INT8_CACHE] if kv_cache == "int8" else []),
+        *([BLOCK_SPARSE] if plan.model.block_sparse else []),
         *([ODD_ROWS] if any(_gathers_odd_rows(t) for t in plan.tensors) else []),
     ]
     least = {"onnxruntime-genai": GENAI, "onnxruntime": max(needed)}

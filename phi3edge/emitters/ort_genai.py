@@ -28,6 +28,7 @@ from phi3edge.emitters._genai_kv import quantize_kv_cache
 from phi3edge.emitters._genai_tokenizer import tokenizer_files
 from phi3edge.emitters._genai_versions import requires
 from phi3edge.emitters._partial_file import PartialFile, next_tensor
+from phi3edge.emitters._small_graph import build_small_graph
 from phi3edge.errors import UnsupportedError, UsageError
 from phi3edge.providers import check_graph, load_provider, read_nodes
 from phi3edge.types import JSON, TensorPlan
@@ -102,7 +103,10 @@ class Emitter:
             raise UnsupportedError("an int8 KV cache needs calibrated scales, and the job has none")
         self.requires = requires(job.plan, job.runtime.kv_cache)
         tokenizer, self.notes = tokenizer_files(job.checkpoint.path, spec)
-        self._model, weights = build_graph(spec, self._provider, self._io)
+        if spec.family == "phi3small":
+            self._model, weights = build_small_graph(spec, self._provider)
+        else:
+            self._model, weights = build_graph(spec, self._provider, self._io)
         self._pieces = self._connect(weights)
         if job.runtime.kv_cache == "int8" and job.kv_scales is not None:
             quantize_kv_cache(self._model, job.kv_scales)

@@ -6,7 +6,6 @@ from phi3edge.registry import load, names
 from phi3edge.types import JSON, ModelSpec
 
 NOT_YET = {
-    "phi3small": "block-sparse attention, and its code lives in the repository",
     "phi3_v": "images",
 }
 

@@ -120,6 +120,14 @@ def number(config: JSON, key: str, default: float) -> float:
     return float(value)
 
 
+def boolean(config: JSON, key: str, default: bool) -> bool:
+    """True or false; `default` where the key is missing."""
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"config.json: {key} is {value!r}; expected true or false")
+    return value
+
+
 def is_int(value: Any) -> bool:
     """Whether a value is an integer: true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -11,6 +11,7 @@ from typing import Any
 
 from phi3edge.errors import CheckpointError, UnsupportedError
 from phi3edge.families._fields import (
+    boolean,
     eos_ids,
     factors,
     float_dtype,
@@ -114,10 +115,7 @@ def parse(config: JSON, generation_config: JSON | None, name: str) -> ModelSpec:
     hidden, heads, kv_heads, head_dim = head_shape(config)
     context = positive(config, "max_position_embeddings")
     original = positive(config, "original_max_position_embeddings", default=context)
-    tied = config.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        raise CheckpointError(f"config.json: tie_word_embeddings is {tied!r}; expected true or false")
-    vocab = positive(config, "vocab_size")
+    tied, vocab = boolean(config, "tie_word_embeddings", False), positive(config, "vocab_size")
     layers, intermediate = layer_count(config), positive(config, "intermediate_size")
     generation = generation_config or {}
     return ModelSpec(

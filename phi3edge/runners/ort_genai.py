@@ -45,6 +45,7 @@ _ROW_INPUTS = {
     "com.microsoft.GatherBlockQuantized": {0, 2, 3},
     "com.microsoft.GroupQueryAttention": {7, 8},
     "com.microsoft.RotaryEmbedding": {2, 3},
+    "com.microsoft.SparseAttention": {9, 10},
 }
 """Inputs of which a node reads one row for one token: embeddings, cosines and sines. Source: onnx/docs/Operators.md,
 onnxruntime/docs/ContribOperators.md."""

@@ -1,0 +1,224 @@
+"""Phi-3-small in float32, as its checkpoint means it: no code of the repository, no flash-attn and no triton.
+
+transformers has no such model, so this is what it would be: called as its models are, for logits and a KV cache.
+Attention works on some hundred queries at a time, so that memory grows with the length, and not with its square.
+
+Source: the description in Microsoft's modeling_phi3_small.py, positional_embedding.py and
+triton_flash_blocksparse_attn.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
+
+from phi3edge.checkpoint import open_checkpoint
+from phi3edge.families import parse_config
+from phi3edge.forward import Decoder, Weights
+from phi3edge.rotation import rotation
+from phi3edge.types import BlockSparse, ModelSpec
+
+QUERIES = 256
+"""Whose attention is computed at once."""
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys after their rotation, and values: float32 (sequences, KV heads, tokens, head size)."""
+
+
+@dataclass
+class Cache:
+    """Keys and values of the tokens that a model has seen, for one or more sequences of one length.
+
+    Attributes:
+        ids: the tokens, int64 (sequences, tokens): where LongRoPE's factors change, all keys are computed anew.
+        is_long: whether the keys are rotated by the factors for more than the original context.
+        layers: keys and values by layer; none where nothing was seen.
+    """
+
+    ids: Tensor
+    is_long: bool = False
+    layers: list[KeysValues] = field(default_factory=list)
+
+    def crop(self, length: int) -> None:
+        """Keep the first `length` tokens, or drop the last ones if it is negative, as transformers' caches do."""
+        self.ids = self.ids[:, :length]
+        self.layers = [(k[:, :, :length], v[:, :, :length]) for k, v in self.layers]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a call gives: logits, float32 (sequences, rows, vocabulary), and the cache, if it was asked for."""
+
+    logits: Tensor
+    past_key_values: Cache | None
+
+
+class SmallDecoder(Decoder):
+    """What is computed between the linears, and their biases."""
+
+    NORM = "layer"
+
+    def embed(self, rows: Tensor) -> Tensor:
+        """Rows of the embedding, scaled."""
+        return rows * self.spec.embedding_scale
+
+    def normed(self, role: str, h: Tensor, weights: Weights) -> Tensor:
+        """LayerNorm over the last axis."""
+        return layer_norm(h, h.shape[-1:], weights[role], weights[f"{role}_bias"], self.spec.norm_eps)
+
+    def apply(self, role: str, x: Tensor, weights: Weights) -> Tensor:
+        """A linear with its bias."""
+        return linear(x, weights[role], weights[f"{role}_bias"])
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """gegelu: from the interleaved gate and up to the input of ffn_down."""
+        gate, up = gate_up[..., ::2], gate_up[..., 1::2]
+        if (limit := self.spec.activation_limit) is not None:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+    def is_long(self, tokens: int) -> bool:
+        """Whether a sequence is rotated by LongRoPE's long factors."""
+        return self.spec.rope.by_length and tokens > self.spec.original_context_length
+
+    def attend(self, qkv: Tensor, layer: int = 0) -> Tensor:
+        """Attention of whole sequences; rows of `qkv` are interleaved by KV head."""
+        return self.attend_with(qkv, layer, None, self.is_long(qkv.shape[1]))[0]
+
+    def attend_with(self, qkv: Tensor, layer: int, past: KeysValues | None, is_long: bool) -> tuple[Tensor, KeysValues]:
+        """Attention of tokens that come after others, and the keys and values of all of them."""
+        spec = self.spec
+        sequences, tokens, _ = qkv.shape
+        group, start = spec.heads // spec.kv_heads, past[0].shape[2] if past else 0
+        cos, sin = rotation(spec.rope, is_long, start, start + tokens)
+        angles = cos.to(qkv.device), sin.to(qkv.device)
+        parts = qkv.view(sequences, tokens, spec.kv_heads, group + 2, spec.head_dim)
+        q = turned(parts[..., :group, :].flatten(2, 3).transpose(1, 2), angles)
+        k = turned(parts[..., group, :].transpose(1, 2), angles)
+        v = parts[..., group + 1, :].transpose(1, 2)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        keys, values = (x.repeat_interleave(group, 1) for x in (k, v))
+        sparse = spec.block_sparse if spec.block_sparse and spec.block_sparse.is_sparse(layer) else None
+        mixed = torch.empty_like(q)
+        for first in range(0, tokens, QUERIES):
+            last = min(first + QUERIES, tokens)
+            mixed[:, :, first:last] = scaled_dot_product_attention(
+                q[:, :, first:last],
+                keys[:, :, : start + last],
+                values[:, :, : start + last],
+                attn_mask=visible(sparse, spec.heads, start + first, start + last).to(q.device),
+                scale=spec.attention_scale,
+            )
+        return mixed.transpose(1, 2).flatten(2), (k, v)
+
+
+def decoder_of(spec: ModelSpec, device: str | torch.device = "cpu") -> Decoder:
+    """What is computed between the linears of a model, of this family or of phi3."""
+    return (SmallDecoder if spec.family == "phi3small" else Decoder)(spec, device)
+
+
+class Phi3Small:
+    """A Phi-3-small model; see the module's docstring.
+
+    Attributes:
+        config: sizes under transformers' names.
+    """
+
+    def __init__(self, spec: ModelSpec, weights: dict[str, Tensor]) -> None:
+        """Take over weights.
+
+        Args:
+            spec: the model.
+            weights: float32, by their names in the checkpoint.
+        """
+        self.config = SimpleNamespace(
+            vocab_size=spec.vocab_size,
+            max_position_embeddings=spec.context_length,
+            original_max_position_embeddings=spec.original_context_length,
+        )
+        self._spec, self._decoder = spec, SmallDecoder(spec)
+        self._outer, *self._layers = (
+            {t.role: weights[t.name] for t in spec.tensors if t.layer == layer} for layer in (None, *range(spec.layers))
+        )
+        self._masked = torch.tensor(spec.masked_ids, dtype=torch.int64)
+
+    def eval(self) -> Phi3Small:
+        """The model itself: it has no dropout to switch off."""
+        return self
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int | Tensor = 0,
+    ) -> Output:
+        """Logits of the tokens that follow.
+
+        Args:
+            input_ids: int64 (sequences, tokens).
+            past_key_values: of the tokens before them; it is changed.
+            use_cache: whether to give back a cache.
+            logits_to_keep: so many of the last tokens, all for 0, or the places of those that are wanted.
+        """
+        spec, decoder, new = self._spec, self._decoder, input_ids.shape[1]
+        cache = past_key_values or Cache(input_ids[:, :0])
+        ids = torch.cat([cache.ids, input_ids], 1)
+        is_long = decoder.is_long(ids.shape[1])
+        seen = cache.layers if is_long == cache.is_long else []
+        if not seen:  # all keys are rotated anew
+            input_ids = ids
+        h, held = decoder.embed(self._outer["embedding"][input_ids]), []
+        for layer, weights in enumerate(self._layers):
+            past = seen[layer] if seen else None
+            qkv = decoder.apply("attn_qkv", decoder.normed("attn_norm", h, weights), weights)
+            mixed, kept = decoder.attend_with(qkv, layer, past, is_long)
+            h = h + decoder.apply("attn_output", mixed, weights)
+            gate_up = decoder.apply("ffn_gate_up", decoder.normed("ffn_norm", h, weights), weights)
+            h = h + decoder.apply("ffn_down", decoder.gate(gate_up), weights)
+            if use_cache:
+                held.append(kept)
+        if use_cache:
+            cache.ids, cache.is_long, cache.layers = ids, is_long, held
+        h = h[:, -new:]
+        h = h[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else h[:, logits_to_keep]
+        h = decoder.normed("output_norm", h, self._outer)
+        logits = linear(h, self._outer["embedding" if spec.tied else "head"]) * spec.logit_scale
+        logits[..., self._masked] = torch.finfo(logits.dtype).min
+        return Output(logits, cache if use_cache else None)
+
+
+def visible(sparse: BlockSparse | None, heads: int, start: int, stop: int) -> Tensor:
+    """Which keys the queries at positions start to stop see: bool (heads, or 1 for all; queries; keys up to stop)."""
+    queries, keys = torch.arange(start, stop)[:, None], torch.arange(stop)
+    causal = keys <= queries
+    if sparse is None:
+        return causal[None]
+    blocks = keys // sparse.block
+    near = queries // sparse.block - blocks < sparse.local
+    shifts = torch.arange(heads)[:, None, None] * sparse.shift
+    return causal & (near | ((blocks + shifts + 1) % sparse.stride == 0))
+
+
+def turned(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of all channels of x, (sequences, heads, tokens, head size): the first half with the second."""
+    first, second = x.chunk(2, -1)
+    return x * angles[0] + torch.cat([-second, first], -1) * angles[1]
+
+
+def load_phi3small(folder: Path) -> Phi3Small:
+    """The checkpoint in a folder.
+
+    Raises:
+        CheckpointError, UnsupportedError: it is damaged, or computes something else.
+    """
+    with open_checkpoint(folder) as stored:
+        spec = parse_config(stored.config, stored.generation_config, stored.name)
+        stored.check(spec)
+        return Phi3Small(spec, {t.name: torch.from_numpy(stored.read(t.name)) for t in spec.tensors})
