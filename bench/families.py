@@ -24,8 +24,8 @@ from decode import machine
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from _models import GROUPED, TIED, write_model
 from _moe import write_phimoe
+from _small import NARROW, ORIGINAL_PATTERN, write_small
 from _small import longrope as small_longrope
-from _small import write_small
 
 from phi3edge.build import export
 from phi3edge.distributions import log_softmax
@@ -70,8 +70,14 @@ MODELS: dict[str, Callable[[Path], Path]] = {
             "long_mscale": 1.3,
         },
     ),
-    "small-8k": lambda folder: write_small(folder),
-    "small-128k": lambda folder: write_small(folder, **small_longrope()),
+    "small-8k": lambda folder: write_small(folder, NARROW, **ORIGINAL_PATTERN, max_position_embeddings=8192),
+    "small-128k (here with an original context of 4,096)": lambda folder: write_small(
+        folder,
+        NARROW,
+        **ORIGINAL_PATTERN,
+        **small_longrope(NARROW.head_dim // 2) | {"original_max_position_embeddings": 4096},
+        max_position_embeddings=131072,
+    ),
 }
 
 
@@ -85,7 +91,7 @@ def main() -> None:
         text = Path(work) / "words.txt"
         text.write_text(" ".join(np.random.default_rng(0).choice(WORDS, 6000)))
         for n, (name, write) in enumerate(MODELS.items()):
-            checkpoint = write(Path(work) / str(n) / "in")
+            checkpoint = write(Path(work) / str(n) / "the model")
             positions += _positions(name, checkpoint, Path(work) / str(n))
             row, reasons = _methods(name, checkpoint, Path(work) / str(n), text)
             methods.append(row)

@@ -38,6 +38,8 @@ class Small:
 
 
 SMALL = Small()
+NARROW = Small(layers=2, hidden=32, intermediate=32, heads=2, kv_heads=1, dtype="float32")
+ORIGINAL_PATTERN = {"blocksparse_block_size": 64, "blocksparse_num_local_blocks": 16, "blocksparse_vert_stride": 8}
 ORIGINAL, CONTEXT = 256, 1024
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

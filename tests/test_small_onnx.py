@@ -6,7 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _small import CONTEXT, ORIGINAL, SMALL, Small, longrope, train_ranks, write_ranks, write_small
+from _small import (
+    CONTEXT,
+    NARROW,
+    ORIGINAL,
+    ORIGINAL_PATTERN,
+    SMALL,
+    Small,
+    longrope,
+    train_ranks,
+    write_ranks,
+    write_small,
+)
 
 from phi3edge.build import export
 from phi3edge.errors import UnsupportedError
@@ -45,10 +56,6 @@ def test_f32_is_exact(kind: str, tmp_path: Path) -> None:
         for length in LENGTHS:
             found, expected = runner.logits(ids(length)), reference(model, ids(length))
             np.testing.assert_allclose(found, expected, atol=2e-4, err_msg=str(length))
-
-
-ORIGINAL_PATTERN = {"blocksparse_block_size": 64, "blocksparse_num_local_blocks": 16, "blocksparse_vert_stride": 8}
-NARROW = Small(layers=2, hidden=32, intermediate=32, heads=2, kv_heads=1, dtype="float32")
 
 
 def greedy_is_the_references(runner, model: Path, prompt: list[int], count: int) -> int:
