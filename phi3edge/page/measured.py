@@ -286,7 +286,7 @@ def speed(entries: Sequence[Entry]) -> Section:
     benches = {entry.name: entry.bench for entry in entries if entry.bench}
     if not benches:
         line = "No benchmark is there to hold against the roofline of memory bandwidth: "
-        command = "phi3edge bench FOLDER --json > FOLDER/bench.json"
+        command = "phi3edge bench FOLDER"
         parts.append(tag("p", line, code(command), class_="quiet"))
         return section("speed", "Speed", *parts)
     tests = [(name, run, test) for name, bench in benches.items() for run in bench.runs for test in run.tests]
