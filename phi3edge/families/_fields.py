@@ -8,6 +8,9 @@ from phi3edge.registry import did_you_mean
 from phi3edge.types import JSON
 
 DTYPES = ("bfloat16", "float16", "float32")
+LONGROPE = ("longrope", "su")
+"""Names of LongRoPE: the second is that of the first checkpoints."""
+
 MOST_LAYERS = 1000  # a plan lists every tensor; the largest models have a tenth of it
 
 
@@ -65,6 +68,27 @@ def float_dtype(config: JSON) -> str:
     if dtype not in DTYPES:
         raise UnsupportedError(f"config.json: dtype is {dtype!r}; supported: {', '.join(DTYPES)}")
     return dtype
+
+
+def rope_parameters(config: JSON) -> tuple[JSON, str]:
+    """The rotary embedding's parameters, from rope_scaling (Microsoft's) over rope_parameters (transformers 5's).
+
+    Returns:
+        Them, and the name of the place that errors should speak of.
+    """
+    scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
+    for key, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+        if value is not None and not isinstance(value, dict):
+            raise CheckpointError(f"config.json: {key} is {short(value)}; expected an object")
+    return {**(parameters or {}), **(scaling or {})}, "rope_scaling" if scaling else "rope_parameters"
+
+
+def attention_factor(context: int, original: int) -> float:
+    """What LongRoPE scales cosine and sine by: sqrt(1 + ln(context / original) / ln(original)), 1 if not longer.
+
+    Source: Microsoft's modeling_phi3.py, Phi3LongRoPEScaledRotaryEmbedding.
+    """
+    return math.sqrt(1 + math.log(context / original) / math.log(original)) if context > original else 1.0
 
 
 def factors(parameters: JSON, key: str, dim: int) -> tuple[float, ...]:

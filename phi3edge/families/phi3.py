@@ -6,11 +6,12 @@ not to change the function. Anything else is refused: a key that is silently ign
 Sources: transformers' models/phi3/configuration_phi3.py and modeling_phi3.py, and the checkpoints' own config.json.
 """
 
-import math
 from typing import Any
 
 from phi3edge.errors import CheckpointError, UnsupportedError
 from phi3edge.families._fields import (
+    LONGROPE,
+    attention_factor,
     boolean,
     eos_ids,
     factors,
@@ -20,6 +21,7 @@ from phi3edge.families._fields import (
     number,
     positive,
     refuse_unknown,
+    rope_parameters,
     short,
     token_id,
     window,
@@ -88,9 +90,6 @@ USED = {
     "vocab_size",
     "head_dim",
 }
-LONGROPE = ("longrope", "su")
-"""Names of LongRoPE: the second is that of the first checkpoints."""
-
 ROPE_KEYS = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
 LONGROPE_KEYS = {"short_factor", "long_factor", "attention_factor"}
 
@@ -165,18 +164,9 @@ def _tensors(layers: int, hidden: int, intermediate: int, q: int, kv: int, vocab
 
 
 def _rope(config: JSON, head_dim: int, context: int, original: int) -> Rope:
-    """The rotary embedding, from the original style (rope_theta, rope_scaling) or transformers 5's (rope_parameters).
-
-    LongRoPE's attention factor is Microsoft's sqrt(1 + ln(context / original) / ln(original)), 1 where the context is
-    not longer (modeling_phi3.py, Phi3LongRoPEScaledRotaryEmbedding).
-    """
-    scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
-    for key, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
-        if value is not None and not isinstance(value, dict):
-            raise CheckpointError(f"config.json: {key} is {short(value)}; expected an object")
-    merged = {**(parameters or {}), **(scaling or {})}
+    """The rotary embedding, from the original style (rope_theta, rope_scaling) or transformers 5's."""
+    merged, where = rope_parameters(config)
     kind = merged.get("rope_type") or merged.get("type") or "default"
-    where = "rope_scaling" if scaling else "rope_parameters"
     if kind not in ("default", *LONGROPE):
         known = ", ".join(("default", *LONGROPE))
         raise UnsupportedError(f"config.json: {where} is of type {short(kind)}; family phi3 computes {known}")
@@ -196,7 +186,7 @@ def _rope(config: JSON, head_dim: int, context: int, original: int) -> Rope:
         raise CheckpointError(f"config.json: original_max_position_embeddings is {original}, but {inner} in {where}")
     if kind not in LONGROPE:
         return Rope(theta, dim)
-    factor = math.sqrt(1 + math.log(context / original) / math.log(original)) if context > original else 1.0
+    factor = attention_factor(context, original)
     given = merged.get("attention_factor")
     return Rope(
         theta,

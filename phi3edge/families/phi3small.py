@@ -14,6 +14,8 @@ from typing import Any
 
 from phi3edge.errors import CheckpointError, UnsupportedError
 from phi3edge.families._fields import (
+    LONGROPE,
+    attention_factor,
     boolean,
     eos_ids,
     factors,
@@ -89,7 +91,6 @@ USED = {
     "vocab_size",
 }
 ORIGINAL = "original_max_position_embeddings"
-LONGROPE = ("longrope", "su")
 LONGROPE_KEYS = {
     "type",
     "rope_type",
@@ -214,8 +215,7 @@ def _scaling(config: JSON) -> JSON:
 def _rope(config: JSON, scaling: JSON, head_dim: int, context: int, original: int) -> Rope:
     """The rotary embedding, plain or LongRoPE.
 
-    LongRoPE's factor on cosine and sine is short_mscale or long_mscale; where there is none, it is
-    sqrt(1 + ln(context / original) / ln(original)), and 1 where the context is not longer.
+    LongRoPE's factor on cosine and sine is short_mscale or long_mscale; where there is none, the formula's.
     """
     theta = number(config, "rope_embedding_base", 1e6)
     if not scaling:
@@ -229,7 +229,7 @@ def _rope(config: JSON, scaling: JSON, head_dim: int, context: int, original: in
         raise UnsupportedError(f"config.json: unknown key {unknown[0]!r} in rope_scaling")
     if original < 2 or scaling.get(ORIGINAL) not in (None, original):
         raise CheckpointError(f"config.json: {ORIGINAL} is {original}, but {scaling.get(ORIGINAL)} in rope_scaling")
-    factor = math.sqrt(1 + math.log(context / original) / math.log(original)) if context > original else 1.0
+    factor = attention_factor(context, original)
     return Rope(
         theta,
         head_dim,

@@ -21,6 +21,7 @@ from phi3edge.families._fields import (
     number,
     positive,
     refuse_unknown,
+    rope_parameters,
     short,
     token_id,
     window,
@@ -191,12 +192,7 @@ def _with_bias(name: str, role: str, layer: int | None, shape: tuple[int, ...]) 
 
 def _rope(config: JSON, head_dim: int) -> tuple[Rope, int]:
     """LongRoPE and its original context, from rope_scaling (Microsoft's) or rope_parameters (transformers 5's)."""
-    scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
-    for key, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
-        if value is not None and not isinstance(value, dict):
-            raise CheckpointError(f"config.json: {key} is {short(value)}; expected an object")
-    merged = {**(parameters or {}), **(scaling or {})}
-    where = "rope_scaling" if scaling else "rope_parameters"
+    merged, where = rope_parameters(config)
     kind = merged.get("rope_type") or merged.get("type")
     if kind != "longrope":
         raise UnsupportedError(f"config.json: {where} is of type {short(kind)}; family phimoe computes longrope")
