@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from _random_checkpoint import write_checkpoint
-from decode import kept, machine
+from decode import kept
 
 from phi3edge.calibrate import round_model
 from phi3edge.calibration import CalibrationText
@@ -27,7 +27,7 @@ from phi3edge.checkpoint import open_checkpoint
 from phi3edge.codecs import row_bytes
 from phi3edge.families import parse_config
 from phi3edge.forward import LINEARS
-from phi3edge.machine import usable_cores
+from phi3edge.machine import cpu_name, usable_cores
 from phi3edge.rewrite import Rewritten
 from phi3edge.types import QuantPlan, TensorPlan
 
@@ -61,7 +61,7 @@ def main() -> None:
         round_model(Rewritten(checkpoint, spec), plan, text, args.device)
         seconds = (time.perf_counter() - start) / args.layers
     row = {
-        "machine": machine(),
+        "machine": cpu_name(),
         "cores": usable_cores(),
         "device": args.device,
         "tokens": ids.size,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from _builder_twin import write_builder_twin
 from _random_checkpoint import write_checkpoint
 
 from phi3edge.build import export
-from phi3edge.machine import usable_cores
+from phi3edge.machine import cpu_name, usable_cores
 from phi3edge.runners import Runner, llama_cpp, ort_genai
 
 AS_WRITTEN = "builder as written"
@@ -56,14 +55,6 @@ def open_as_written(folder: Path, context: int, work: Path) -> Runner:
         (linked / path.name).hardlink_to(path)
     options = {"folder": str(linked), "context": context, "threads": 0, "plain": False, "vocab_only": False}
     return Runner("ort_genai", ort_genai.RUNTIME, linked, options, timeout=600)
-
-
-def machine() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def measure(
@@ -111,7 +102,7 @@ def main() -> None:
         checkpoint = kept(work / f"phi-3-mini-shapes-{layers}", partial(write_checkpoint, layers=layers))
         ours[recipe] = kept(work / f"{recipe}-{layers}", partial(export_recipe, checkpoint, recipe))
     builder = args.builder or kept(work / f"builder-twin-{layers}", partial(write_builder_twin, layers=layers))
-    print(json.dumps({"machine": machine(), "cores": usable_cores(), "layers": layers}), flush=True)
+    print(json.dumps({"machine": cpu_name(), "cores": usable_cores(), "layers": layers}), flush=True)
     with ExitStack() as stack:
         runners = {
             name: ort_genai.open(path, context=args.context, threads=args.threads) for name, path in ours.items()

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from decode import machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from _models import GROUPED, TIED, write_model
@@ -30,6 +29,7 @@ from _small import longrope as small_longrope
 from phi3edge.build import export
 from phi3edge.distributions import log_softmax
 from phi3edge.errors import Phi3EdgeError
+from phi3edge.machine import cpu_name
 from phi3edge.reference import load_model
 from phi3edge.rounding import Rounding
 from phi3edge.runners import runner_for
@@ -196,7 +196,7 @@ many they are.
 
 def _page(positions: list[str], methods: list[str], notes: list[str]) -> str:
     return PAGE.format(
-        machine=machine(),
+        machine=cpu_name(),
         methods="\n".join(methods),
         notes="\n".join(notes),
         lengths=" | ".join(map(str, LENGTHS)),

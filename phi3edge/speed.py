@@ -8,8 +8,6 @@ decoded token reads all weights and the KV cache once: its speed is held against
 from __future__ import annotations
 
 import json
-import platform
-import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from phi3edge.bandwidth import read_bandwidth
 from phi3edge.errors import UsageError
 from phi3edge.files import write_text
 from phi3edge.genai_folder import is_genai
-from phi3edge.machine import usable_cores
+from phi3edge.machine import cpu_name, usable_cores
 from phi3edge.progress import Stages, silent
 from phi3edge.runners import Runner, Traffic, runner_for
 from phi3edge.runners._timing import Sample
@@ -283,13 +281,6 @@ def model_of(artifact: Path) -> Path:
     if artifact.is_file() or is_genai(artifact) or not (artifact / manifest.NAME).is_file():
         return artifact
     return artifact / manifest.read_manifest(artifact)["files"][0]["name"]
-
-
-def cpu_name() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def notes(found: Benchmark) -> list[str]:

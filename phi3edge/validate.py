@@ -25,6 +25,7 @@ from phi3edge.distributions import DRAWN, TOP, Distributions, Keeper, log_softma
 from phi3edge.errors import RunnerError, UsageError
 from phi3edge.files import sha256
 from phi3edge.gates import Gates, Limit, check_gates, judge, require_baseline
+from phi3edge.machine import cpu_name
 from phi3edge.metrics import Metric
 from phi3edge.parity import QUESTIONS, check_tokens, compare_answer, prompt_ids
 from phi3edge.positions import Probe, allocations, probes
@@ -364,18 +365,10 @@ def _environment(info: Mapping[str, Any], reference: Reference) -> Environment:
     return Environment(
         system=platform.system(),
         machine=platform.machine(),
-        cpu=_cpu(),
+        cpu=cpu_name(),
         cores=os.cpu_count() or 1,
         python=platform.python_version(),
         threads=info["threads"],
         software={info["runtime"]: info["version"], "numpy": np.__version__, **reference.software},
         flags={key: value for key, value in info.items() if key not in _ELSEWHERE},
     )
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
