@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,17 +231,17 @@ class Adapter(TemplateLM):
 
     # what a subclass does
 
+    @abstractmethod
     def rows(self, ids: np.ndarray, start: int) -> Iterator[np.ndarray]:
         """Logits of positions from `start` on, float32 (rows, vocabulary) in blocks; a shared beginning is reused."""
-        raise NotImplementedError
 
+    @abstractmethod
     def extend(self, ids: list[int], count: int) -> list[int]:
         """At most `count` most likely tokens that follow; fewer where generation ends."""
-        raise NotImplementedError
 
+    @abstractmethod
     def speed(self) -> tuple[float, float]:
         """Tokens per second of a prompt and of greedy decoding, from a quick measurement."""
-        raise NotImplementedError
 
     # what lm-evaluation-harness calls
 

@@ -36,6 +36,12 @@ ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Wor
 TextOption = Annotated[
     Path | None, typer.Option("--text", help="UTF-8 text to evaluate on; default: the documentation inside Python.")
 ]
+ReferenceOption = Annotated[
+    str | None, typer.Option("--checkpoint", "-c", help="The reference; default: what the manifest names.")
+]
+GatesOfOption = Annotated[
+    str | None, typer.Option("--target", "-t", help="Whose gates to apply; default: what the manifest names.")
+]
 ChunksOption = Annotated[
     int,
     typer.Option("--chunks", min=0, help="Windows of the text to evaluate on, 0 for all; more is slower, more exact."),

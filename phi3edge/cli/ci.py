@@ -11,9 +11,11 @@ import typer
 from phi3edge import ci as checks
 from phi3edge.cli._options import (
     ChunksOption,
+    GatesOfOption,
     GatesOption,
     JsonOption,
     PositionsOption,
+    ReferenceOption,
     StrideOption,
     TextOption,
     ThreadsOption,
@@ -37,12 +39,8 @@ def ci(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A folder for junit.xml, summary.md and ci.json.")
     ] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option("--checkpoint", "-c", help="The reference; default: what each manifest names.")
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option("--target", "-t", help="Whose gates to apply; default: what each manifest names.")
-    ] = None,
+    checkpoint: ReferenceOption = None,
+    target: GatesOfOption = None,
     text: TextOption = None,
     chunks: ChunksOption = 16,
     window: WindowOption = 512,

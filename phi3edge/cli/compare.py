@@ -11,8 +11,10 @@ import typer
 from phi3edge import comparison, folders, page, proof
 from phi3edge.cli._options import (
     ChunksOption,
+    GatesOfOption,
     JsonOption,
     PositionsOption,
+    ReferenceOption,
     StrideOption,
     TextOption,
     ThreadsOption,
@@ -30,12 +32,8 @@ def compare(
         list[Path],
         typer.Argument(metavar="ARTIFACTS...", help="Folders that export wrote, .gguf files or GenAI folders."),
     ],
-    checkpoint: Annotated[
-        str | None, typer.Option("--checkpoint", "-c", help="The reference of all; default: what the manifests name.")
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option("--target", "-t", help="Whose gates to apply; default: what each manifest names.")
-    ] = None,
+    checkpoint: ReferenceOption = None,
+    target: GatesOfOption = None,
     text: TextOption = None,
     chunks: ChunksOption = 16,
     window: WindowOption = 512,

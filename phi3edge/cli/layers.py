@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phi3edge.cli._options import JsonOption, TextOption
+from phi3edge.cli._options import JsonOption, ReferenceOption, TextOption
 from phi3edge.cli._output import note, print_json, progress, say, stdout, table
 from phi3edge.cli._pages import refresh_pages
 from phi3edge.errors import UsageError
@@ -24,9 +24,7 @@ def layers(
         Path, typer.Argument(metavar="ARTIFACT", help="An exported folder, .gguf file or ONNX folder.")
     ],
     by: Annotated[str, typer.Option("--by", help="block or role.")] = "role",
-    checkpoint: Annotated[
-        str | None, typer.Option("--checkpoint", "-c", help="The reference; default: what the manifest names.")
-    ] = None,
+    checkpoint: ReferenceOption = None,
     text: TextOption = None,
     chunks: Annotated[
         int, typer.Option("--chunks", min=1, help="Chunks of 512 tokens to score on; time grows with them.")

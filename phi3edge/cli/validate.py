@@ -11,9 +11,11 @@ from phi3edge import comparison, proof, report
 from phi3edge.cli._options import (
     BaselineOption,
     ChunksOption,
+    GatesOfOption,
     GatesOption,
     JsonOption,
     PositionsOption,
+    ReferenceOption,
     StrideOption,
     TextOption,
     ThreadsOption,
@@ -31,12 +33,8 @@ def validate(
     artifact: Annotated[
         Path, typer.Argument(metavar="ARTIFACT", help="A folder that export wrote, or any .gguf file or GenAI folder.")
     ],
-    checkpoint: Annotated[
-        str | None, typer.Option("--checkpoint", "-c", help="The reference; default: what the manifest names.")
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option("--target", "-t", help="Whose gates to apply; default: what the manifest names.")
-    ] = None,
+    checkpoint: ReferenceOption = None,
+    target: GatesOfOption = None,
     text: TextOption = None,
     chunks: ChunksOption = 16,
     window: WindowOption = 512,
