@@ -32,21 +32,39 @@ PHI3_MINI = {
     "attention_dropout": 0.0,
     "transformers_version": "4.40.2",
 }
+PHI3_MEDIUM = PHI3_MINI | {
+    "hidden_size": 5120,
+    "intermediate_size": 17920,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 10,
+}
+MODELS = {"mini": PHI3_MINI, "medium": PHI3_MEDIUM}
+"""Configurations of the 4k checkpoints: 3.8 and 14.0 billion weights."""
+
 PIECES = 32000
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{'<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n'}}{% endfor %}<|assistant|>\n"
 )
 
 
-def write_checkpoint(folder: Path, layers: int = 32, seed: int = 0) -> None:
-    """A bf16 checkpoint in Phi-3-mini-4k's shapes with `layers` layers, one shard per four of them."""
+def shapes_name(model: str, layers: int | None = None) -> str:
+    """Names a checkpoint of `write_checkpoint`."""
+    return f"phi-3-{model}-shapes-{layers or MODELS[model]['num_hidden_layers']}"
+
+
+def write_checkpoint(folder: Path, layers: int | None = None, seed: int = 0, model: str = "mini") -> None:
+    """A bf16 checkpoint in a model's shapes with `layers` layers (None: all of them), one shard per four of them."""
     folder.mkdir(parents=True)
-    config = {**PHI3_MINI, "num_hidden_layers": layers}
+    config = dict(MODELS[model])
+    layers = config["num_hidden_layers"] = layers or config["num_hidden_layers"]
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [32000, 32001, 32007]}))
     _write_tokenizer(folder)
     random = np.random.default_rng(seed)
     hidden, wide, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    qkv = hidden // heads * (heads + 2 * kv_heads)
     edges = {
         "model.embed_tokens.weight": (vocab, hidden),
         "model.norm.weight": (hidden,),
@@ -55,7 +73,7 @@ def write_checkpoint(folder: Path, layers: int = 32, seed: int = 0) -> None:
     blocks = [
         {
             f"model.layers.{n}.input_layernorm.weight": (hidden,),
-            f"model.layers.{n}.self_attn.qkv_proj.weight": (3 * hidden, hidden),
+            f"model.layers.{n}.self_attn.qkv_proj.weight": (qkv, hidden),
             f"model.layers.{n}.self_attn.o_proj.weight": (hidden, hidden),
             f"model.layers.{n}.post_attention_layernorm.weight": (hidden,),
             f"model.layers.{n}.mlp.gate_up_proj.weight": (2 * wide, hidden),

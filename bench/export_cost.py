@@ -1,11 +1,11 @@
-"""Time and memory of an export in Phi-3-mini-4k's shapes, beside llama.cpp's convert and quantize, in one run.
+"""Time and memory of a GGUF export in a model's shapes, beside llama.cpp's convert and quantize, in one run.
 
-    python bench/export_cost.py WORK --llama-cpp DIR [--recipes q4_0 q4_k_m] [--layers 32] [--rounds 1]
+    python bench/export_cost.py WORK --llama-cpp DIR [--model mini] [--recipes q4_0 q4_k_m] [--layers N] [--rounds 1]
 
-WORK gets a random bf16 checkpoint (7.6 GB at 32 layers), kept for the next run, and the artifacts, which are deleted.
+WORK gets a random bf16 checkpoint (mini 7.6 GB, medium 27.9 GB), kept for the next run, and artifacts, deleted again.
 DIR holds llama.cpp's source in `llama.cpp` and its tools in `bin`. Without --llama-cpp only phi3edge is measured.
 Each step is a process of its own; memory is the largest resident size of any process in it. One JSON line a step;
-the ratios stand between. With --layers 64 memory should not grow.
+the ratios stand between. Memory should not grow with --layers 64, and little with --model medium.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from _random_checkpoint import write_checkpoint
+from _random_checkpoint import MODELS, shapes_name, write_checkpoint
+
+from phi3edge.machine import cpu_name
 
 QUANTIZE_NAMES = {
     "q4_0": "Q4_0",
@@ -58,13 +59,13 @@ def step(name: str, command: list[str | Path], wrote: Path) -> dict[str, float]:
     return row
 
 
-def random_checkpoint(work: Path, layers: int) -> Path:
-    """A random checkpoint in Phi-3-mini-4k's shapes, made unless an earlier run did."""
-    checkpoint = work / f"phi-3-mini-shapes-{layers}"
+def random_checkpoint(work: Path, model: str, layers: int | None) -> Path:
+    """A random checkpoint in a model's shapes, made unless an earlier run did."""
+    checkpoint = work / shapes_name(model, layers)
     if not checkpoint.exists():
         partial = work / "partial"
         shutil.rmtree(partial, ignore_errors=True)
-        write_checkpoint(partial, layers)
+        write_checkpoint(partial, layers, model=model)
         partial.rename(checkpoint)
     return checkpoint
 
@@ -75,11 +76,12 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--llama-cpp", type=Path)
     parser.add_argument("--recipes", nargs="*", default=["q4_0", "q4_k_m"])
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--model", choices=MODELS, default="mini")
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
-    checkpoint = random_checkpoint(args.work, args.layers)
-    print(json.dumps({"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}), flush=True)
+    checkpoint = random_checkpoint(args.work, args.model, args.layers)
+    print(json.dumps({"machine": cpu_name(), "cores": os.cpu_count(), "checkpoint": checkpoint.name}), flush=True)
     for _ in range(args.rounds):
         rows = {}
         for recipe in args.recipes:

@@ -1,9 +1,9 @@
-"""Time, memory and bytes of an ONNX export in Phi-3-mini-4k's shapes, beside onnxruntime-genai's builder, in one run.
+"""Time, memory and bytes of an ONNX export in a model's shapes, beside onnxruntime-genai's builder, in one run.
 
-    python bench/onnx_export_cost.py WORK [--recipes int4] [--layers 32] [--without-builder]
+    python bench/onnx_export_cost.py WORK [--model mini] [--recipes int4] [--layers N] [--without-builder]
 
 WORK gets a random bf16 checkpoint, kept for the next run, and the artifacts, which are deleted. The builder holds the
-whole model, several times: 24 GB at 32 layers, so take fewer of them on a smaller machine. Each step is a process of
+whole model, several times: 24 GB for mini, so take fewer of them on a smaller machine. Each step is a process of
 its own; memory is the largest resident size of any process in it. One JSON line a step, then the ratios.
 """
 
@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import sys
 from pathlib import Path
 
+from _random_checkpoint import MODELS
 from export_cost import random_checkpoint, step
+
+from phi3edge.machine import cpu_name
 
 
 def main() -> None:
@@ -25,12 +27,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--recipes", nargs="*", default=["int4"])
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--model", choices=MODELS, default="mini")
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--without-builder", action="store_true")
     args = parser.parse_args()
-    checkpoint = random_checkpoint(args.work, args.layers)
-    machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "layers": args.layers}
-    print(json.dumps(machine), flush=True)
+    checkpoint = random_checkpoint(args.work, args.model, args.layers)
+    print(json.dumps({"machine": cpu_name(), "cores": os.cpu_count(), "checkpoint": checkpoint.name}), flush=True)
     rows = {}
     for recipe in args.recipes:
         out = args.work / "ours"

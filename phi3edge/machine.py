@@ -6,6 +6,9 @@ import os
 import platform
 from pathlib import Path
 
+COMFORT = 0.75
+"""Share of the free memory that a model may take: the rest is for what it computes, and for others."""
+
 
 def usable_cores() -> int:
     """Cores that this process may use."""
@@ -28,6 +31,12 @@ def free_memory() -> int | None:
         return None
     free = 1024 * int(lines["MemAvailable"].split()[0])
     return min(free, _free_in_container(Path("/sys/fs/cgroup"), free))
+
+
+def holds(needed: int) -> bool:
+    """Whether so many bytes fit well into the free memory; where that is not known, they do."""
+    free = free_memory()
+    return free is None or needed < COMFORT * free
 
 
 def _free_in_container(group: Path, otherwise: int) -> int:

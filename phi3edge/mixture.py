@@ -30,9 +30,6 @@ from phi3edge.families import parse_config
 from phi3edge.forward import Decoder
 from phi3edge.types import Experts, ModelSpec
 
-READ_ONCE = 0.75
-"""Share of the free memory that all weights may take as float32; beyond, they are read again whenever they are used."""
-
 Observe = Callable[[str, int | None, Tensor], None]
 """observe(role, expert, x) sees what linears read, shape (..., columns): for "attn_q", whose input k and v share,
 "attn_output", "ffn_gate", whose input up shares, and "ffn_down"; the last two of each expert that a token chose."""
@@ -210,5 +207,4 @@ def load_mixture(path: Path) -> Mixture:
     checkpoint = open_checkpoint(path)
     spec = parse_config(checkpoint.config, checkpoint.generation_config, checkpoint.name)
     checkpoint.check(spec)
-    free = machine.free_memory()
-    return Mixture(checkpoint, spec, keep=free is None or 4 * spec.parameters < READ_ONCE * free)
+    return Mixture(checkpoint, spec, keep=machine.holds(4 * spec.parameters))

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
-from phi3edge.checkpoint import open_checkpoint
+from phi3edge import machine
+from phi3edge.checkpoint import Checkpoint, open_checkpoint
 from phi3edge.families import parse_config
-from phi3edge.forward import Decoder, Weights
+from phi3edge.forward import Decoder, Weights, load_block, load_outer
 from phi3edge.rotation import rotation
 from phi3edge.types import BlockSparse, ModelSpec
 
@@ -130,22 +131,22 @@ class Phi3Small:
         config: sizes under transformers' names.
     """
 
-    def __init__(self, spec: ModelSpec, weights: dict[str, Tensor]) -> None:
-        """Take over weights.
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, keep: bool = True) -> None:
+        """Read weights.
 
         Args:
-            spec: the model.
-            weights: float32, by their names in the checkpoint.
+            checkpoint: an opened one.
+            spec: its model.
+            keep: read the blocks once only, and keep them; else each is read again whenever it is used.
         """
         self.config = SimpleNamespace(
             vocab_size=spec.vocab_size,
             max_position_embeddings=spec.context_length,
             original_max_position_embeddings=spec.original_context_length,
         )
-        self._spec, self._decoder = spec, SmallDecoder(spec)
-        self._outer, *self._layers = (
-            {t.role: weights[t.name] for t in spec.tensors if t.layer == layer} for layer in (None, *range(spec.layers))
-        )
+        self._checkpoint, self._spec, self._decoder = checkpoint, spec, SmallDecoder(spec)
+        self._outer = {t.role: load_outer(checkpoint, spec, t.role) for t in spec.tensors if t.layer is None}
+        self._blocks = [load_block(checkpoint, spec, layer) for layer in range(spec.layers)] if keep else None
         self._masked = torch.tensor(spec.masked_ids, dtype=torch.int64)
 
     def eval(self) -> Phi3Small:
@@ -175,7 +176,8 @@ class Phi3Small:
         if not seen:  # all keys are rotated anew
             input_ids = ids
         h, held = decoder.embed(self._outer["embedding"][input_ids]), []
-        for layer, weights in enumerate(self._layers):
+        for layer in range(spec.layers):
+            weights = self._blocks[layer] if self._blocks else load_block(self._checkpoint, spec, layer)
             past = seen[layer] if seen else None
             qkv = decoder.apply("attn_qkv", decoder.normed("attn_norm", h, weights), weights)
             mixed, kept = decoder.attend_with(qkv, layer, past, is_long)
@@ -213,12 +215,12 @@ def turned(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def load_phi3small(folder: Path) -> Phi3Small:
-    """The checkpoint in a folder.
+    """The checkpoint in a folder. Its blocks stay in memory if all of them fit well; it is slower if they do not.
 
     Raises:
         CheckpointError, UnsupportedError: it is damaged, or computes something else.
     """
-    with open_checkpoint(folder) as stored:
-        spec = parse_config(stored.config, stored.generation_config, stored.name)
-        stored.check(spec)
-        return Phi3Small(spec, {t.name: torch.from_numpy(stored.read(t.name)) for t in spec.tensors})
+    checkpoint = open_checkpoint(folder)
+    spec = parse_config(checkpoint.config, checkpoint.generation_config, checkpoint.name)
+    checkpoint.check(spec)
+    return Phi3Small(checkpoint, spec, keep=machine.holds(4 * spec.parameters))

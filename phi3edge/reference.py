@@ -30,7 +30,7 @@ from phi3edge.errors import CheckpointError, MissingExtraError, OutputError, Phi
 from phi3edge.families import parse_config
 from phi3edge.hf_config import readable_config
 from phi3edge.hf_tokenizer import load_hf_tokenizer
-from phi3edge.progress import Stages, silent
+from phi3edge.progress import Advance, Stages, silent
 from phi3edge.types import JSON
 from phi3edge.units import size
 
@@ -180,7 +180,11 @@ def _run(checkpoint: Path, wanted: Wanted, work: Path, stages: Stages) -> None:
     import torch
 
     own, mixture = model_type(checkpoint) in OWN, model_type(checkpoint) == "phimoe"
-    with stages("load reference", None):
+    if stays_in_files(checkpoint):
+        load = f"open reference; {size(_bytes(checkpoint))} are not free, so each step reads its files"
+    else:
+        load = "load reference"
+    with stages(load, None):
         model = load_model(checkpoint)
     vocabulary, shape = model.config.vocab_size, (len(wanted.chunks), wanted.rows)
     text_log_probs, shared = np.empty(shape, np.float32), np.zeros(shape, bool)
@@ -205,11 +209,13 @@ def _run(checkpoint: Path, wanted: Wanted, work: Path, stages: Stages) -> None:
                 ids, rows = torch.from_numpy(tokens), torch.tensor(positions)
                 logits = model(ids[None], use_cache=False, logits_to_keep=rows).logits[0]
                 keeper.add(torch.log_softmax(logits, -1).numpy())
+        # side by side where each step reads all weights anew; one by one is faster where it does not
+        together = wanted.prompts and stays_in_files(checkpoint) and not own
+        batches = [wanted.prompts] if together else [[prompt] for prompt in wanted.prompts]
         answers = []
-        with stages("reference answers", len(wanted.prompts)) as advance:
-            for prompt in wanted.prompts:
-                answers.append(_greedy(model, prompt, wanted.greedy_tokens, eos_ids(checkpoint)))
-                advance(1)
+        with stages("reference answers", len(batches) * (wanted.greedy_tokens + 1)) as advance:
+            for prompts in batches:
+                answers += _greedy(model, prompts, wanted.greedy_tokens, eos_ids(checkpoint), advance)
     np.save(work / "text_log_probs.npy", text_log_probs)
     if mixture:
         np.save(work / SHARED, shared)
@@ -227,22 +233,23 @@ def model_type(checkpoint: Path) -> str | None:
 def load_model(checkpoint: Path) -> Any:
     """The checkpoint in float32, as a model of transformers, or of ours that is called alike.
 
+    Weights that do not fit into the free memory stay in their files and are widened when they are used: the same
+    numbers, more slowly.
+
     Raises:
         MissingExtraError: torch or transformers is not installed.
         CheckpointError: transformers cannot load the checkpoint.
-        UsageError: the weights in float32 do not fit into this machine's free memory.
+        UsageError: the weights do not fit, and stand in the files as integers.
     """
     _transformers()
     if model_type(checkpoint) in OWN:
-        if model_type(checkpoint) == "phimoe":  # whose experts need not stay in memory
+        if model_type(checkpoint) == "phimoe":
             from phi3edge.mixture import load_mixture
 
             return load_mixture(checkpoint)
         from phi3edge.phi3small import load_phi3small
 
-        _check_memory(checkpoint)
         return load_phi3small(checkpoint)
-    _check_memory(checkpoint)
     try:
         return _load(checkpoint).eval()
     except Phi3EdgeError:
@@ -259,8 +266,13 @@ def _load(checkpoint: Path) -> Any:
     local = {"trust_remote_code": False, "local_files_only": True}
     if not _is_prequantized(checkpoint):
         load = transformers.AutoModelForCausalLM.from_pretrained
-        config = readable_config(checkpoint)
+        config = readable_config(checkpoint) or transformers.AutoConfig.from_pretrained(checkpoint, **local)
+        if stays_in_files(checkpoint):
+            from phi3edge.stored import load_stored
+
+            return load_stored(checkpoint, config)
         return load(checkpoint, config=config, dtype=torch.float32, use_safetensors=True, **local)
+    _require_memory(checkpoint)
     with open_checkpoint(checkpoint) as stored:
         spec = parse_config(stored.config, stored.generation_config, stored.name)
         stored.check(spec)
@@ -275,19 +287,39 @@ def _is_prequantized(checkpoint: Path) -> bool:
     return _config(checkpoint, "config.json").get(prequantized.KEY) is not None
 
 
-def _greedy(model: Any, prompt: list[int], max_tokens: int, stop: Iterable[int]) -> tuple[list[int], bool]:
-    """The plain most likely continuation, and whether it ended: `generate` would apply generation_config.json."""
+def _greedy(
+    model: Any, prompts: list[list[int]], most: int, stop: Iterable[int], advance: Advance = lambda units: None
+) -> list[tuple[list[int], bool]]:
+    """The plain most likely continuations of at most so many tokens, and whether each ended.
+
+    transformers' `generate` would apply generation_config.json. Several prompts are padded on the left, which
+    transformers masks; our own models take one at a time. `advance` hears of each step.
+    """
     import torch
 
-    out: list[int] = []
-    feed, past = torch.tensor([prompt]), None
-    while True:
-        step = model(feed, past_key_values=past, use_cache=True, logits_to_keep=1)
-        token = int(step.logits[0, -1].argmax())
-        if token in stop or len(out) == max_tokens:
-            return out, token in stop
-        out.append(token)
-        feed, past = torch.tensor([[token]]), step.past_key_values
+    widest, padded = max(map(len, prompts)), {}
+    feed = torch.tensor([[0] * (widest - len(prompt)) + prompt for prompt in prompts])
+    if len(prompts) > 1:
+        mask = torch.tensor([[0] * (widest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        padded = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    found: list[list[int]] = [[] for _ in prompts]
+    ended, past = [False] * len(prompts), None
+    for n in range(most + 1):
+        step = model(feed, past_key_values=past, use_cache=True, logits_to_keep=1, **padded)
+        advance(1)
+        chosen = step.logits[:, -1].argmax(-1)
+        for row, token in enumerate(chosen.tolist()):
+            ended[row] = ended[row] or token in stop
+            if not ended[row] and n < most:
+                found[row].append(token)
+        if all(ended):
+            advance(most - n)
+            break
+        feed, past = chosen[:, None], step.past_key_values
+        if padded:
+            mask = torch.cat([mask, torch.ones_like(feed)], 1)
+            padded = {"attention_mask": mask, "position_ids": padded["position_ids"][:, -1:] + 1}
+    return list(zip(found, ended, strict=True))
 
 
 def _key(checkpoint: Path, wanted: Wanted) -> str:
@@ -339,17 +371,20 @@ def _prune(root: Path, newest: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_memory(checkpoint: Path) -> None:
-    """Refuses at once what the kernel would kill minutes later; 2-byte weights take twice their file in float32."""
-    free = machine.free_memory()
-    if free is None:
-        return
-    config = _config(checkpoint, "config.json")
-    growth = 1 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 2
-    needed = growth * sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))
-    if _is_prequantized(checkpoint):
-        needed = 4 * parse_config(config, None, checkpoint.name).parameters
-    if needed > free:
+def stays_in_files(checkpoint: Path) -> bool:
+    """Whether the reference reads its weights as it computes: those that do not fit into the free memory in float32."""
+    return not _is_prequantized(checkpoint) and not machine.holds(_bytes(checkpoint))
+
+
+def _bytes(checkpoint: Path) -> int:
+    """Of all weights in float32."""
+    return 4 * parse_config(_config(checkpoint, "config.json"), None, checkpoint.name).parameters
+
+
+def _require_memory(checkpoint: Path) -> None:
+    """Refuses at once what the kernel would kill minutes later."""
+    free, needed = machine.free_memory(), _bytes(checkpoint)
+    if free is not None and needed > free:
         raise UsageError(
             f"the float32 reference of {checkpoint.name} needs about {size(needed)} of memory, {size(free)} are free",
             "validate on a machine with more memory, or export with --no-validate",

@@ -127,7 +127,7 @@ def test_parts_of_the_logits_and_a_past(ours: Mixture):
 def test_greedy_is_the_most_likely_token_of_the_whole_sequence_across_the_original_context(ours: Mixture):
     prompt = ids(ORIGINAL - 2)[0].tolist()
     with torch.inference_mode():
-        found, ended = _greedy(ours, prompt, 6, ())
+        [(found, ended)] = _greedy(ours, [prompt], 6, ())
         for n, token in enumerate(found):
             assert token == int(ours(torch.tensor([prompt + found[:n]])).logits[0, -1].argmax())
     assert (len(found), ended) == (6, False)

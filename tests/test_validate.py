@@ -255,13 +255,6 @@ def test_the_oldest_passes_go_when_they_take_too_much(tmp_path: Path, monkeypatc
     assert {f.name for f in tmp_path.iterdir()} == {"old", "new"}
 
 
-def test_a_reference_that_does_not_fit(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert reference.machine.free_memory() > 10**6
-    monkeypatch.setattr(reference.machine, "free_memory", lambda: 102_400)
-    with pytest.raises(UsageError, match=r"needs about .* MB of memory, 102 kB are free"):
-        reference._check_memory(checkpoint)
-
-
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingExtraError) as error:
