@@ -25,6 +25,8 @@ from _models import GROUPED, TIED, write_model
 from _moe import write_phimoe
 from _small import NARROW, ORIGINAL_PATTERN, write_small
 from _small import longrope as small_longrope
+from _vision import SHAPE as VISION
+from _vision import write_vision
 
 from phi3edge.build import export
 from phi3edge.distributions import log_softmax
@@ -42,9 +44,9 @@ WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "a
 CONTEXT = 4224
 
 
-def _longrope(pairs: int, original: int = 4096) -> dict[str, Any]:
+def _longrope(pairs: int, original: int = 4096, kind: str = "longrope") -> dict[str, Any]:
     scaling = {
-        "type": "longrope",
+        "type": kind,
         "short_factor": [1 + 0.05 * n for n in range(pairs)],
         "long_factor": [1.5 + 0.5 * n for n in range(pairs)],
     }
@@ -58,6 +60,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "mini-128k, medium-128k, 3.5-mini": lambda folder: write_model(folder, GROUPED, **_longrope(32)),
     "phi-4-mini": lambda folder: write_model(folder, TIED, **_longrope(24), partial_rotary_factor=0.75),
     "phi-4": lambda folder: write_model(folder, GROUPED, **LENGTHS_4K, sliding_window=None, rope_theta=250000.0),
+    "3-vision, 3.5-vision (text)": lambda folder: write_vision(folder, VISION, **_longrope(32, kind="su")),
     "3.5-MoE": lambda folder: write_phimoe(
         folder,
         max_position_embeddings=131072,
@@ -166,7 +169,7 @@ PAGE = """# The family: what is written, and how exact it is
 Written by `python bench/families.py` from small random checkpoints in the original configuration style, with the real
 lengths where each model's function changes; {machine}. Tests hold the same, mostly at smaller lengths:
 `test_longrope.py`, `test_validate.py`, `test_emit_gguf.py`, `test_emit_ort_genai.py`,
-`test_phimoe_gguf.py`, `test_phimoe_onnx.py`,
+`test_phimoe_gguf.py`, `test_phimoe_onnx.py`, `test_phi3_vision.py`,
 `test_small_onnx.py`, `test_small_rounding.py`, `test_rounding.py`.
 
 ## Methods
@@ -177,7 +180,9 @@ lengths where each model's function changes; {machine}. Tests hold the same, mos
 
 {notes}
 
-Byte budgets (`--budget`) work for all models but 3.5-MoE and small. Phi-3-vision is refused by name.
+Byte budgets (`--budget`) work for all models but 3.5-MoE and small.
+
+Phi-3-vision and Phi-3.5-vision are exported as their text decoder (type `su`); images are not in the artifact.
 
 ## Position against KL
 

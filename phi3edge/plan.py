@@ -27,6 +27,12 @@ RUNTIME_BYTES = 64 * 2**20
 """What a runtime takes besides weights, KV cache and scratch: code, vocabulary, graph. Measured near 50 MiB."""
 
 
+TEXT_ONLY = (
+    "Text only: this is the model's text decoder. What reads images is not in the artifact; parameters, figures and "
+    "the reference are of the text decoder too."
+)
+"""Said of models that also read images."""
+
 NO_GGUF = {
     "phi3small": "llama.cpp has no architecture with block-sparse attention, whose mask differs from head to head",
 }
@@ -299,6 +305,8 @@ def warnings(plan: QuantPlan, target: Target, format_: Format, context: int) -> 
     """What an engineer should know before shipping this plan in this format on this target."""
     runtime, model = target.formats[format_], plan.model
     notes = [*target.notes, *runtime.notes]
+    if model.images is not None:
+        notes.append(TEXT_ONLY)
     heeds_window = format_ == "onnx" and load_provider(runtime.provider).reads_window
     window = model.sliding_window
     if window is not None and context > window and not heeds_window:

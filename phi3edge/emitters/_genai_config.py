@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from phi3edge.errors import CheckpointError
+from phi3edge.hf_config import text_config
 from phi3edge.types import JSON, ModelSpec
 
 SAMPLING: dict[str, Any] = {
@@ -112,6 +113,6 @@ def hub_config(spec: ModelSpec, config: JSON) -> JSON:
     have fewer, and phi3 is not among them. The graph of a phi3 with grouped heads is that of a llama, which is.
     """
     dropped = ("auto_map", "quantization_config")
-    kept = {key: value for key, value in config.items() if key not in dropped}
+    kept = {key: value for key, value in text_config(config).items() if key not in dropped}
     grouped = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     return kept | grouped if spec.family == "phi3" and spec.kv_heads < spec.heads else kept
