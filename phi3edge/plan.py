@@ -239,13 +239,16 @@ def _resident_bytes(planned: TensorPlan, plan: QuantPlan, runtime: Runtime, form
 def choose_context(model: ModelSpec, target: Target, format_: Format, wanted: int | None) -> int:
     """The context to plan for: the wanted one, else the target's default for the format, at most the model's own.
 
+    Where a runtime ignores the model's attention window, the default ends with the window: up to there it is exact.
+
     Raises:
         UnsupportedError: more than the model's own context, or than the runtime is known to bear, was asked for.
     """
     runtime = target.formats[format_]
     most = min(model.context_length, runtime.max_context or model.context_length)
     if wanted is None:
-        return min(runtime.context or target.context, most)
+        window = None if heeds_window(runtime, format_) else model.sliding_window
+        return min(runtime.context or target.context, most, window or most)
     if wanted > model.context_length:
         raise UnsupportedError(
             f"--context {wanted} is more than {model.name} was trained for ({model.context_length})",
@@ -256,6 +259,11 @@ def choose_context(model: ModelSpec, target: Target, format_: Format, wanted: in
             f"--context {wanted} is more than {runtime.name} is known to bear ({most})", f"use --context {most} or less"
         )
     return wanted
+
+
+def heeds_window(runtime: Runtime, format_: Format) -> bool:
+    """Whether attention looks back no further than the model's window; llama.cpp has that switched off for phi3."""
+    return format_ == "onnx" and load_provider(runtime.provider).reads_window
 
 
 def require_format(model: ModelSpec, format_: Format, runtime: Runtime) -> None:
@@ -307,13 +315,13 @@ def warnings(plan: QuantPlan, target: Target, format_: Format, context: int) -> 
     notes = [*target.notes, *runtime.notes]
     if model.images is not None:
         notes.append(TEXT_ONLY)
-    heeds_window = format_ == "onnx" and load_provider(runtime.provider).reads_window
     window = model.sliding_window
-    if window is not None and context > window and not heeds_window:
+    if window is not None and max(context, model.context_length) > window and not heeds_window(runtime, format_):
         who = "llama.cpp" if format_ == "gguf" else runtime.name
+        ends = "" if context > window else " This artifact is for contexts up to there; --context allows more."
         notes.append(
             f"The model attends to the last {window} tokens; {who} ignores that window, so beyond {window} tokens "
-            "of context its answers differ from the reference."
+            f"of context its answers differ from the reference.{ends}"
         )
     original = model.original_context_length
     if format_ == "gguf" and model.rope.by_length:

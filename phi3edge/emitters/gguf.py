@@ -300,10 +300,12 @@ def constants(spec: ModelSpec) -> list[tuple[str, bytes]]:
 def written_context(spec: ModelSpec, context: int) -> int | None:
     """The context length to write for an artifact that shall hold `context` tokens; None for the checkpoint's.
 
-    llama.cpp takes LongRoPE's factors once, by the size of the context that it is opened with, which by default is the
-    one written here: for a target within the original context that is what is written.
+    It is what llama.cpp opens a file with by default. It takes LongRoPE's factors once, by the size of that context,
+    and ignores an attention window: for a target within the original context or the window, that is what is written.
     """
-    return spec.original_context_length if spec.rope.by_length and context <= spec.original_context_length else None
+    exact = [spec.original_context_length] if spec.rope.by_length else []
+    exact += [spec.sliding_window] if spec.sliding_window is not None else []
+    return min((end for end in exact if context <= end < spec.context_length), default=None)
 
 
 def notes(spec: ModelSpec, vocabulary: Vocabulary) -> list[str]:
