@@ -200,7 +200,8 @@ def estimate_fit(plan: QuantPlan, target: Target, format_: Format, context: int)
     if largest < batch:  # then no more tokens than the context are computed at once
         largest = min(batch, free // (activations + kv_per_token))
     read = weights - sum(n for t, n in resident.items() if t.tensor.role == "embedding" and not model.tied)
-    read -= sum(n for t, n in resident.items() if t.tensor.expert is not None) * (count - used) // count
+    if not _computes_all_experts(model, runtime, format_):
+        read -= sum(n for t, n in resident.items() if t.tensor.expert is not None) * (count - used) // count
     bandwidth = target.bandwidth.gb_per_s * 1e9
     prompt = min(batch, context)
     return Fit(
@@ -266,12 +267,17 @@ def heeds_window(runtime: Runtime, format_: Format) -> bool:
     return format_ == "onnx" and load_provider(runtime.provider).reads_window
 
 
+def _computes_all_experts(model: ModelSpec, runtime: Runtime, format_: Format) -> bool:
+    """Whether a graph computes every expert of a mixture for every token, not only those that it chose."""
+    return model.experts is not None and format_ == "onnx" and not load_provider(runtime.provider).picks_rows
+
+
 def require_format(model: ModelSpec, format_: Format, runtime: Runtime) -> None:
     """Raise UnsupportedError for a model that a format's runtime cannot run."""
-    if model.experts and format_ == "onnx" and runtime.provider != "cpu":
+    if model.experts and format_ == "onnx" and runtime.provider == "dml":
         raise UnsupportedError(
-            f"{model.name}: the ONNX graph of a mixture of experts is for the CPU; provider {runtime.provider} lacks "
-            "operators of its routing",
+            f"{model.name}: the ONNX graph of a mixture of experts is for the CPU, CUDA and WebGPU; there is none for "
+            "provider dml",
             "use --format gguf, or target cpu",
         )
     if model.experts and runtime.kv_cache == "int8":
@@ -336,6 +342,11 @@ def warnings(plan: QuantPlan, target: Target, format_: Format, context: int) -> 
             "llama.cpp weighs both experts of a token by 1. Where the score of another one is within "
             f"{200 * model.experts.jitter:g} % of a chosen one's, the model shares the weight: for such tokens, and "
             "where they are attended to, answers differ from the reference."
+        )
+    if _computes_all_experts(model, runtime, format_):
+        notes.append(
+            f"{runtime.name} has no operator that picks the tokens of an expert: each of a layer's experts is computed "
+            "for every token, which is exact and reads all weights."
         )
     if not runtime.runs_here:
         notes.append(

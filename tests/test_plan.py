@@ -257,7 +257,9 @@ def test_mini_fits_every_target_with_its_defaults():
 
 
 def test_shipped_files_are_consistent():
-    assert {"iphone", "iphone-15-pro", "android", "android-low", "cpu", "directml", "webgpu"} <= set(shipped_targets())
+    assert {"iphone", "iphone-15-pro", "android", "android-low", "cpu", "cuda", "directml", "webgpu"} <= set(
+        shipped_targets()
+    )
     names = {"q4_0", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "f16", "bf16", "f32", "int4", "int4-mixed", "int8"}
     assert names <= set(shipped_recipes())
     for target in shipped_targets().values():

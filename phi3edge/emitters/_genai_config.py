@@ -21,6 +21,7 @@ SAMPLING: dict[str, Any] = {
 
 PROVIDER_OPTIONS: dict[str, list[JSON]] = {
     "cpu": [],
+    "cuda": [{"cuda": {"enable_cuda_graph": "0"}}],
     "dml": [{"dml": {"enable_graph_capture": "1"}}],
     "webgpu": [{"webgpu": {"enableGraphCapture": "0", "validationMode": "basic"}}],
 }
@@ -40,7 +41,7 @@ def genai_config(
     Args:
         spec: the model.
         inputs: names of the graph's inputs.
-        provider: "cpu", "dml" or "webgpu".
+        provider: "cpu", "cuda", "dml" or "webgpu".
         context: tokens that the KV cache holds.
         model: name of the ONNX file.
         generation_config: the checkpoint's, for its sampling settings.
