@@ -246,7 +246,7 @@ class Checkpoint:
         return Quantized(grid, self._layout.codes(qweight)[kept], scales[kept], zero_points=zero_points[kept])
 
     def check(self, spec: ModelSpec) -> None:
-        """Every tensor of the model is there with its shape and dtype, and nothing else is.
+        """Every tensor of the model is there with its shape and dtype, and nothing else is but tensors for images.
 
         Linears that are stored as integers have scales, zero points and an order of inputs that the grid of the
         model's spec holds exactly; biases beside them, as older tools write them, are 0.
@@ -273,7 +273,7 @@ class Checkpoint:
                 raise CheckpointError(f"tensor {name!r} has shape {got}, config.json says {shape}")
         biases, twice = {_part(t.name, "bias") for t in integers}, {t.name for t in integers}
         for name in self.names:
-            if name in expected or name in parts:
+            if name in expected or name in parts or (spec.images is not None and name.startswith(spec.images)):
                 continue
             if name in biases:
                 self._check_no_bias(name)

@@ -27,6 +27,12 @@ RUNTIME_BYTES = 64 * 2**20
 """What a runtime takes besides weights, KV cache and scratch: code, vocabulary, graph. Measured near 50 MiB."""
 
 
+TEXT_ONLY = (
+    "Text only: this is the model's text decoder. What reads images is not in the artifact; parameters, figures and "
+    "the reference are of the text decoder too."
+)
+"""Said of models that also read images."""
+
 NO_GGUF = {
     "phi3small": "llama.cpp has no architecture with block-sparse attention, whose mask differs from head to head",
 }
@@ -194,7 +200,8 @@ def estimate_fit(plan: QuantPlan, target: Target, format_: Format, context: int)
     if largest < batch:  # then no more tokens than the context are computed at once
         largest = min(batch, free // (activations + kv_per_token))
     read = weights - sum(n for t, n in resident.items() if t.tensor.role == "embedding" and not model.tied)
-    read -= sum(n for t, n in resident.items() if t.tensor.expert is not None) * (count - used) // count
+    if not _computes_all_experts(model, runtime, format_):
+        read -= sum(n for t, n in resident.items() if t.tensor.expert is not None) * (count - used) // count
     bandwidth = target.bandwidth.gb_per_s * 1e9
     prompt = min(batch, context)
     return Fit(
@@ -233,13 +240,16 @@ def _resident_bytes(planned: TensorPlan, plan: QuantPlan, runtime: Runtime, form
 def choose_context(model: ModelSpec, target: Target, format_: Format, wanted: int | None) -> int:
     """The context to plan for: the wanted one, else the target's default for the format, at most the model's own.
 
+    Where a runtime ignores the model's attention window, the default ends with the window: up to there it is exact.
+
     Raises:
         UnsupportedError: more than the model's own context, or than the runtime is known to bear, was asked for.
     """
     runtime = target.formats[format_]
     most = min(model.context_length, runtime.max_context or model.context_length)
     if wanted is None:
-        return min(runtime.context or target.context, most)
+        window = None if heeds_window(runtime, format_) else model.sliding_window
+        return min(runtime.context or target.context, most, window or most)
     if wanted > model.context_length:
         raise UnsupportedError(
             f"--context {wanted} is more than {model.name} was trained for ({model.context_length})",
@@ -252,12 +262,22 @@ def choose_context(model: ModelSpec, target: Target, format_: Format, wanted: in
     return wanted
 
 
+def heeds_window(runtime: Runtime, format_: Format) -> bool:
+    """Whether attention looks back no further than the model's window; llama.cpp has that switched off for phi3."""
+    return format_ == "onnx" and load_provider(runtime.provider).reads_window
+
+
+def _computes_all_experts(model: ModelSpec, runtime: Runtime, format_: Format) -> bool:
+    """Whether a graph computes every expert of a mixture for every token, not only those that it chose."""
+    return model.experts is not None and format_ == "onnx" and not load_provider(runtime.provider).picks_rows
+
+
 def require_format(model: ModelSpec, format_: Format, runtime: Runtime) -> None:
     """Raise UnsupportedError for a model that a format's runtime cannot run."""
-    if model.experts and format_ == "onnx" and runtime.provider != "cpu":
+    if model.experts and format_ == "onnx" and runtime.provider == "dml":
         raise UnsupportedError(
-            f"{model.name}: the ONNX graph of a mixture of experts is for the CPU; provider {runtime.provider} lacks "
-            "operators of its routing",
+            f"{model.name}: the ONNX graph of a mixture of experts is for the CPU, CUDA and WebGPU; there is none for "
+            "provider dml",
             "use --format gguf, or target cpu",
         )
     if model.experts and runtime.kv_cache == "int8":
@@ -299,13 +319,15 @@ def warnings(plan: QuantPlan, target: Target, format_: Format, context: int) -> 
     """What an engineer should know before shipping this plan in this format on this target."""
     runtime, model = target.formats[format_], plan.model
     notes = [*target.notes, *runtime.notes]
-    heeds_window = format_ == "onnx" and load_provider(runtime.provider).reads_window
+    if model.images is not None:
+        notes.append(TEXT_ONLY)
     window = model.sliding_window
-    if window is not None and context > window and not heeds_window:
+    if window is not None and max(context, model.context_length) > window and not heeds_window(runtime, format_):
         who = "llama.cpp" if format_ == "gguf" else runtime.name
+        ends = "" if context > window else " This artifact is for contexts up to there; --context allows more."
         notes.append(
             f"The model attends to the last {window} tokens; {who} ignores that window, so beyond {window} tokens "
-            "of context its answers differ from the reference."
+            f"of context its answers differ from the reference.{ends}"
         )
     original = model.original_context_length
     if format_ == "gguf" and model.rope.by_length:
@@ -320,6 +342,11 @@ def warnings(plan: QuantPlan, target: Target, format_: Format, context: int) -> 
             "llama.cpp weighs both experts of a token by 1. Where the score of another one is within "
             f"{200 * model.experts.jitter:g} % of a chosen one's, the model shares the weight: for such tokens, and "
             "where they are attended to, answers differ from the reference."
+        )
+    if _computes_all_experts(model, runtime, format_):
+        notes.append(
+            f"{runtime.name} has no operator that picks the tokens of an expert: each of a layer's experts is computed "
+            "for every token, which is exact and reads all weights."
         )
     if not runtime.runs_here:
         notes.append(

@@ -23,6 +23,18 @@ class Probe:
     bands: tuple[range, ...]
 
 
+def reach(spec: ModelSpec, context: int, heeds_window: bool) -> int:
+    """Tokens of the longest sequence to score for an artifact that is for `context` tokens.
+
+    That is its context; where it ends with a window that its runtime ignores, as much again, within the model's own:
+    what it would be if it were opened with more.
+    """
+    window = spec.sliding_window
+    if heeds_window or window is None or not window <= context <= window + BAND:
+        return context
+    return max(context, min(2 * window, spec.context_length))
+
+
 def probes(spec: ModelSpec, context: int) -> list[Probe]:
     """Sequences to score within `context` tokens: bands on both sides of each boundary, and the last positions.
 

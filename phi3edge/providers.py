@@ -78,10 +78,15 @@ class Provider(Strict):
     checked: str
     operators: dict[str, Operator] = Field(min_length=1)
 
+    @property
+    def picks_rows(self) -> bool:
+        """Whether each expert of a mixture can compute the tokens that chose it alone; else it computes all of them."""
+        return "NonZero" in self.operators
+
 
 @cache
 def load_provider(name: str) -> Provider:
-    """A provider by name ("cpu", "dml", "webgpu").
+    """A provider by name ("cpu", "cuda", "dml", "webgpu").
 
     Raises:
         ConfigError: unknown name, or a file that is not a provider.

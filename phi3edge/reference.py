@@ -277,7 +277,7 @@ def _load(checkpoint: Path) -> Any:
         spec = parse_config(stored.config, stored.generation_config, stored.name)
         stored.check(spec)
         weights = {tensor.name: torch.from_numpy(stored.read(tensor.name)) for tensor in spec.tensors}
-    config = transformers.AutoConfig.from_pretrained(checkpoint, **local)
+    config = readable_config(checkpoint) or transformers.AutoConfig.from_pretrained(checkpoint, **local)
     del config.quantization_config
     model = getattr(transformers, config.architectures[0])
     return model.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)

@@ -14,7 +14,7 @@ from phi3edge.registry import did_you_mean
 
 Format = Literal["gguf", "onnx"]
 
-Provider = Literal["cpu", "dml", "webgpu"]
+Provider = Literal["cpu", "cuda", "dml", "webgpu"]
 """ONNX Runtime's execution providers that a graph can be made for."""
 
 KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32, "int8": 1.0}

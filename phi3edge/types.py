@@ -188,6 +188,8 @@ class ModelSpec:
         logit_scale: what logits are multiplied by.
         masked_ids: tokens that are never predicted: their logits are the least float.
         experts: of each layer; None for one feed-forward network. `intermediate_size` is then that of one expert.
+        images: what the names of the checkpoint's tensors for images begin with; they are no part of this model. None
+            for a model of text alone.
     """
 
     family: str
@@ -219,6 +221,7 @@ class ModelSpec:
     logit_scale: float = 1.0
     masked_ids: tuple[int, ...] = ()
     experts: Experts | None = None
+    images: str | None = None
 
     @property
     def parameters(self) -> int:

@@ -28,7 +28,7 @@ from phi3edge.gates import Gates, Limit, check_gates, judge, require_baseline
 from phi3edge.machine import cpu_name
 from phi3edge.metrics import Metric
 from phi3edge.parity import QUESTIONS, check_tokens, compare_answer, prompt_ids
-from phi3edge.positions import Probe, allocations, probes
+from phi3edge.positions import Probe, allocations, probes, reach
 from phi3edge.progress import Stages, silent
 from phi3edge.reference import Reference, Wanted, eos_ids, load_tokenizer, reference_pass, vocabulary_size
 from phi3edge.report import Answer, Band, Checkpoint, Environment, File, Protocol, Report, TextInfo, baseline
@@ -135,8 +135,8 @@ def validate(
         windows: how it is cut.
         gates: what the figures are held to.
         earlier: the baseline that gates may be relative to.
-        context: tokens of KV cache while speed and memory were measured, and the longest sequence of `positions`:
-            what the target is planned for.
+        context: tokens of KV cache while speed and memory were measured, and the longest sequence of `positions` but
+            where a runtime ignores a window that ends there: what the target is planned for.
         kv_type: type of the KV cache, all the time.
         threads: of the runtime; None for one per usable core.
         timeout: seconds that one answer of the runtime may take.
@@ -176,11 +176,12 @@ def validate(
             refuse_overlap(calibration, ids, text.name)
     size = vocabulary_size(checkpoint)
     prompts = [prompt_ids(tokenizer, question) for question in QUESTIONS]
-    long = probes(spec, context) if spec and positions else []
-    if long and len(all_ids) < context:
+    longest = reach(spec, context, runtime.HEEDS_WINDOW) if spec and positions else context
+    long = probes(spec, longest) if spec and positions else []
+    if long and len(all_ids) < longest:
         raise UsageError(
             f"the text {text.name} has {len(all_ids)} tokens; scoring the positions where long contexts break needs "
-            f"{context}",
+            f"{longest}",
             "give a longer text, or --no-positions",
         )
     sequences = [(np.array(all_ids[: p.tokens], np.int64), [n for band in p.bands for n in band]) for p in long]
@@ -210,7 +211,7 @@ def validate(
         ]
         scores, pairs = _score(runner, ids, windows.first, reference, keep, others, stages)
     found: list[Band] = []
-    for allocated in allocations(spec, context) if spec and long else ():
+    for allocated in allocations(spec, longest) if spec and long else ():
         with runtime.open(artifact, context=allocated, plain=True, **options) as runner:
             for probe, (sequence, _), theirs in zip(long, sequences, reference.long, strict=True):
                 if probe.tokens <= allocated:
@@ -235,8 +236,8 @@ def validate(
     }
     if reference.shared is not None:
         metrics |= scores.apart(reference.shared)
-    if found:
-        metrics["kl_positions"] = max((b.kl for b in found), key=lambda m: np.nan_to_num(m.value, nan=np.inf))
+    if within := [b.kl for b in found if b.last < context]:
+        metrics["kl_positions"] = max(within, key=lambda m: np.nan_to_num(m.value, nan=np.inf))
     if memory is not None:
         metrics["peak_memory_bytes"] = Metric(value=memory)
     if predicted_kl is not None:

@@ -476,8 +476,8 @@ def test_other_folders_without_weights(sharded: Path, tmp_path: Path) -> None:
 def test_models_that_need_their_own_code(single: Path, tmp_path: Path) -> None:
     check(single)  # the original config has an auto_map too, which is never followed
     folder = copy_model(single, tmp_path / "m")
-    (folder / "config.json").write_text(json.dumps(phi3_config(model_type="phi3_v")))
-    with pytest.raises(UnsupportedError, match="'phi3_v' needs code of the repository"):
+    (folder / "config.json").write_text(json.dumps(phi3_config(model_type="phi4mm")))
+    with pytest.raises(UnsupportedError, match="'phi4mm' needs code of the repository"):
         open_checkpoint(folder)
     (folder / "config.json").write_text(json.dumps(phi3_config(model_type="phi33", auto_map=None)))
     with pytest.raises(UnsupportedError, match="model_type is 'phi33'") as caught:

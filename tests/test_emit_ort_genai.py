@@ -81,7 +81,7 @@ def test_activations_of_8_bits_stay_near(models, tmp_path):
     assert 1e-5 < distance(logits(made.artifact, IDS), expected) < 3e-2
 
 
-@pytest.mark.parametrize("target", ["directml", "webgpu"])
+@pytest.mark.parametrize("target", ["cuda", "directml", "webgpu"])
 def test_graphs_of_other_providers_compute_the_same_on_the_cpu(models, tmp_path, target):
     made = make(models[GROUPED], tmp_path / "out", "f16", target)
     assert distance(logits(made.artifact, IDS), transformers_logits(models[GROUPED], IDS)) < 1e-2

@@ -206,7 +206,7 @@ LEFT_OUT = {"diversity_penalty", "early_stopping", "length_penalty", "no_repeat_
 """Search settings that the builder writes with the runtime's own defaults; they are of beam search, or off."""
 
 
-@pytest.mark.parametrize("target", ["cpu", "directml", "webgpu"])
+@pytest.mark.parametrize("target", ["cpu", "cuda", "directml", "webgpu"])
 def test_settings_are_the_builders_but_for_what_is_chosen(tmp_path, target):
     checkpoint = write_model(tmp_path / "tiny", GROUPED, sliding_window=47)
     provider = {"directml": "dml"}.get(target, target)

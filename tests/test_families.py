@@ -89,7 +89,7 @@ def test_transformers_5_style_rope_is_read():
         {"quantization_config": {"quant_method": "awq"}},
         {"torch_dtype": "float8_e4m3fn"},
         {"architectures": ["LlamaForCausalLM"]},
-        {"model_type": "phi3_v"},
+        {"model_type": "phi4mm"},
         {"layer_types": ["sliding_attention", "full_attention"]},
         {"num_hidden_layers": 2**31 - 1},
     ],

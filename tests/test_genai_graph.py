@@ -34,7 +34,7 @@ LAYER = {
 }
 """The nodes of a layer between its norms, for the CPU."""
 
-PARTS = {"cpu": {""}, "webgpu": {""}, "dml": {"q", "k", "v"}}
+PARTS = {"cpu": {""}, "cuda": {""}, "webgpu": {""}, "dml": {"q", "k", "v"}}
 """Parts of attn_qkv that are weights of their own: DirectML's attention takes q, k and v apart."""
 
 
@@ -55,7 +55,7 @@ def test_a_layers_nodes(spec):
     assert {k: v for k, v in found.items() if k not in norms and "final_norm" not in k} == LAYER
 
 
-@pytest.mark.parametrize("provider", ["cpu", "dml", "webgpu"])
+@pytest.mark.parametrize("provider", ["cpu", "cuda", "dml", "webgpu"])
 def test_every_weight_is_asked_for_once_in_its_shape(spec, provider):
     io = "float32" if provider == "cpu" else "float16"
     model, weights = build_graph(spec, provider, io)
@@ -143,7 +143,7 @@ def check(path: Path) -> None:
     onnx.checker.check_model(str(checked))
 
 
-@pytest.mark.parametrize("target", ["cpu", "directml", "webgpu"])
+@pytest.mark.parametrize("target", ["cpu", "cuda", "directml", "webgpu"])
 def test_a_graph_is_valid_onnx_in_the_providers_types(checkpoint, tmp_path, target):
     made = make(checkpoint, tmp_path / "out", "int4_b32", target, embedding="f16")
     check(made.artifact)
@@ -157,7 +157,7 @@ def test_a_graph_is_valid_onnx_in_the_providers_types(checkpoint, tmp_path, targ
     assert {attributes(n)["do_rotary"] for n in attention} == {int(target != "directml")}
     linears = [n for n in graph.node if n.op_type == "MatMulNBits"]
     assert len(linears) == (6 if target == "directml" else 4) * GROUPED.layers + 1
-    assert {attributes(n)["accuracy_level"] for n in linears} == {0 if target == "directml" else 4}
+    assert {attributes(n)["accuracy_level"] for n in linears} == {0 if target in ("cuda", "directml") else 4}
     assert not [n.name for n in graph.node if n.op_type == "MatMul"]
 
 

@@ -208,7 +208,7 @@ def test_no_space_is_found_before_the_weights(hub: Hub, client: Client) -> None:
 def test_what_cannot_be_exported_is_refused_before_the_weights(hub: Hub, client: Client, tmp_path: Path) -> None:
     for n, (config, error, message) in enumerate(
         (
-            (phi3_config(SHAPE, model_type="phi3_v"), "UnsupportedError", "needs code of the repository"),
+            (phi3_config(SHAPE, model_type="phi4mm"), "UnsupportedError", "needs code of the repository"),
             (phi3_config(SHAPE, hidden_act="gelu"), "UnsupportedError", "hidden_act is 'gelu'"),
         )
     ):

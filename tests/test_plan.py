@@ -132,12 +132,25 @@ def test_a_context_beyond_the_window_is_noted_for_gguf():
     plan = plan_of("q4_k_m")
     assert any("2047" in line for line in warnings(plan, target, "gguf", 4096))
     assert any("2047" in line for line in warnings(plan, target, "gguf", 2048))
-    assert not any("2047" in line for line in warnings(plan, target, "gguf", 2047))
+    [within] = [line for line in warnings(plan, target, "gguf", 2047) if "2047" in line]
+    assert "for contexts up to there" in within
+    long = plan_of("q4_k_m", replace(MINI, sliding_window=4096))
+    assert not any("window" in line for line in warnings(long, target, "gguf", 4096))
+
+
+def test_the_default_context_ends_where_a_runtime_forgets_the_window():
+    for name, target in shipped_targets().items():
+        for format_, runtime in target.formats.items():
+            default = runtime.context or target.context
+            forgets = format_ == "gguf" or name == "directml"
+            assert choose_context(MINI, target, format_, None) == (2047 if forgets else default), (name, format_)
+            assert choose_context(replace(MINI, sliding_window=None), target, format_, None) == default
+            assert choose_context(MINI, target, format_, 4096) == 4096
 
 
 def test_a_context_beyond_the_model_is_refused():
     _, target = load_target("cpu")
-    assert choose_context(MINI, target, "gguf", None) == 4096
+    assert choose_context(MINI, target, "onnx", None) == 4096
     assert choose_context(replace(MINI, context_length=512), target, "gguf", None) == 512
     with pytest.raises(UnsupportedError, match="4096"):
         choose_context(MINI, target, "gguf", 8192)
@@ -146,7 +159,7 @@ def test_a_context_beyond_the_model_is_refused():
 def test_a_context_beyond_what_the_runtime_bears_is_refused():
     _, target = load_target("directml")
     long = replace(MINI, context_length=131072)
-    assert choose_context(long, target, "onnx", None) == 4096
+    assert choose_context(replace(long, sliding_window=None), target, "onnx", None) == 4096
     assert choose_context(long, target, "onnx", 4096) == 4096
     with pytest.raises(UnsupportedError, match=r"ONNX Runtime GenAI \(DirectML\) is known to bear \(4096\)"):
         choose_context(long, target, "onnx", 4097)
@@ -155,7 +168,7 @@ def test_a_context_beyond_what_the_runtime_bears_is_refused():
 
 def test_a_format_may_have_a_context_of_its_own():
     _, target = load_target("android")
-    assert choose_context(MINI, target, "gguf", None) == 4096
+    assert choose_context(replace(MINI, sliding_window=None), target, "gguf", None) == 4096
     assert choose_context(MINI, target, "onnx", None) == 2048
 
 
@@ -239,12 +252,14 @@ def test_mini_fits_every_target_with_its_defaults():
             plan = plan_of(runtime.recipe)
             require_kernels(plan, name, target, format_)
             context = choose_context(MINI, target, format_, None)
-            assert context >= 2048, (name, format_)
+            assert context >= 2047, (name, format_)
             assert estimate_fit(plan, target, format_, context).fits, (name, format_)
 
 
 def test_shipped_files_are_consistent():
-    assert {"iphone", "iphone-15-pro", "android", "android-low", "cpu", "directml", "webgpu"} <= set(shipped_targets())
+    assert {"iphone", "iphone-15-pro", "android", "android-low", "cpu", "cuda", "directml", "webgpu"} <= set(
+        shipped_targets()
+    )
     names = {"q4_0", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "f16", "bf16", "f32", "int4", "int4-mixed", "int8"}
     assert names <= set(shipped_recipes())
     for target in shipped_targets().values():

@@ -6,7 +6,7 @@ import pytest
 from _models import GROUPED, phi3_config
 
 from phi3edge.families import parse_config
-from phi3edge.positions import Probe, allocations, probes
+from phi3edge.positions import Probe, allocations, probes, reach
 from phi3edge.types import BlockSparse
 
 
@@ -25,6 +25,14 @@ def test_both_sides_of_a_sliding_window_and_the_end(spec) -> None:
     assert probes(windowed, 2048) == []
     assert probes(windowed, 2070) == [Probe(2070, (range(2031, 2047), range(2047, 2063)))]
     assert allocations(windowed, 4096) == [4096]
+
+
+def test_where_a_context_ends_with_a_window_that_the_runtime_ignores_more_is_scored(spec) -> None:
+    windowed = replace(spec, sliding_window=2047, context_length=4096, original_context_length=4096)
+    assert [reach(windowed, context, False) for context in (512, 2047, 2048, 3000)] == [512, 4094, 4094, 3000]
+    assert [reach(windowed, context, True) for context in (512, 2047, 3000)] == [512, 2047, 3000]
+    assert reach(replace(windowed, context_length=3000), 2047, False) == 3000
+    assert reach(replace(windowed, sliding_window=None), 2047, False) == 2047
 
 
 def test_both_sides_of_where_sparse_layers_leave_blocks_out(spec) -> None:

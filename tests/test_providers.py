@@ -9,7 +9,7 @@ from phi3edge.codecs import codec, codec_names
 from phi3edge.errors import ConfigError
 from phi3edge.providers import Node, check_graph, codecs_for, load_provider, read_nodes
 
-PROVIDERS = ("cpu", "dml", "webgpu")
+PROVIDERS = ("cpu", "cuda", "dml", "webgpu")
 AFFINE = [name for name in codec_names() if codec(name).FORMATS == ("onnx",)]
 WEIGHTS = ("float16", "uint8", "float16", "uint8")
 ATTENTION = Node(

@@ -15,10 +15,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from phi3edge import reference
+from phi3edge.build import export
 from phi3edge.errors import CheckpointError, ConfigError, MissingExtraError, RunnerError, UsageError
 from phi3edge.families import parse_config
 from phi3edge.gates import Limit
 from phi3edge.metrics import Metric
+from phi3edge.proof import Protocol, validate_artifact
 from phi3edge.reference import Wanted
 from phi3edge.report import Report, baseline, from_json, render, to_data, to_json
 from phi3edge.text import Text, default_text
@@ -300,6 +302,25 @@ def test_behind_a_sliding_window_the_runtime_is_another_model(tmp_path: Path) ->
     assert min(behind, end) > 100 * before
     assert report.metrics["kl_positions"].value == max(behind, end)
     assert "100 to 115" in show(report)
+
+
+def test_a_context_that_ends_with_the_window_shows_what_is_behind_it(tmp_path: Path) -> None:
+    """The default of a target: exact as far as it is meant for, and what a longer context would be is in the report."""
+    model = write_model(tmp_path / "window", GROUPED, sliding_window=100)
+    made = export(str(model), "iphone", recipe="f32", kv_cache="f32", out=tmp_path / "out")
+    assert made.prepared.fit.context == 100
+    assert gguf.GGUFReader(made.artifact).fields["phi3.context_length"].contents() == 100
+    assert any("window, so beyond 100 tokens" in note for note in made.notes)
+    report, *_ = validate_artifact(made.folder, protocol=Protocol(windows=Windows(2, 64), threads=1))
+    assert [(b.first, b.last, b.allocated) for b in report.positions] == [
+        (84, 99, 200),
+        (100, 115, 200),
+        (183, 198, 200),
+    ]
+    before, behind, end = (b.kl.value for b in report.positions)
+    assert before < 1e-6
+    assert min(behind, end) > 100 * before
+    assert report.metrics["kl_positions"].value == before
 
 
 def test_it_stops_where_the_reference_stops(checkpoint: Path, folder: Path, tmp_path: Path) -> None:

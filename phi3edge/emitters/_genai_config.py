@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from phi3edge.errors import CheckpointError
+from phi3edge.hf_config import text_config
 from phi3edge.types import JSON, ModelSpec
 
 SAMPLING: dict[str, Any] = {
@@ -20,6 +21,7 @@ SAMPLING: dict[str, Any] = {
 
 PROVIDER_OPTIONS: dict[str, list[JSON]] = {
     "cpu": [],
+    "cuda": [{"cuda": {"enable_cuda_graph": "0"}}],
     "dml": [{"dml": {"enable_graph_capture": "1"}}],
     "webgpu": [{"webgpu": {"enableGraphCapture": "0", "validationMode": "basic"}}],
 }
@@ -39,7 +41,7 @@ def genai_config(
     Args:
         spec: the model.
         inputs: names of the graph's inputs.
-        provider: "cpu", "dml" or "webgpu".
+        provider: "cpu", "cuda", "dml" or "webgpu".
         context: tokens that the KV cache holds.
         model: name of the ONNX file.
         generation_config: the checkpoint's, for its sampling settings.
@@ -112,6 +114,6 @@ def hub_config(spec: ModelSpec, config: JSON) -> JSON:
     have fewer, and phi3 is not among them. The graph of a phi3 with grouped heads is that of a llama, which is.
     """
     dropped = ("auto_map", "quantization_config")
-    kept = {key: value for key, value in config.items() if key not in dropped}
+    kept = {key: value for key, value in text_config(config).items() if key not in dropped}
     grouped = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     return kept | grouped if spec.family == "phi3" and spec.kv_heads < spec.heads else kept

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from phi3edge.emitters._genai_mixture import Mixture
 from phi3edge.errors import MissingExtraError, UnsupportedError
+from phi3edge.providers import load_provider
 from phi3edge.types import ModelSpec
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def build_graph(spec: ModelSpec, provider: str, io_dtype: str) -> tuple[ir.Model
 
     Args:
         spec: the model.
-        provider: "cpu", "dml" or "webgpu".
+        provider: "cpu", "cuda", "dml" or "webgpu".
         io_dtype: "float32" or "float16": of activations, logits and KV cache.
 
     Raises:
@@ -112,7 +113,8 @@ def build_graph(spec: ModelSpec, provider: str, io_dtype: str) -> tuple[ir.Model
             if spec.experts is None:
                 super().make_mlp(layer_id, mlp, root_input)
                 return
-            mixture = Mixture(self, layer_id, spec.experts, spec.hidden_size, spec.intermediate_size)
+            picks_rows = load_provider(provider).picks_rows
+            mixture = Mixture(self, layer_id, spec.experts, spec.hidden_size, spec.intermediate_size, picks_rows)
             self.layernorm_attrs["skip_input"] = mixture.make(mlp, root_input)
 
     dtype = ir.DataType.FLOAT if io_dtype == "float32" else ir.DataType.FLOAT16

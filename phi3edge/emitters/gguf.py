@@ -6,7 +6,9 @@ Keys, names and shapes are those of llama.cpp's own converter; where it is known
 them from the name: with "phi-3" or "phi3" in it, in any case, every special token but <unk>, <s> and <|endoftext|>
 swallows the spaces and newlines after it, and the tokens in RULE_TOKENS must exist ("unordered_map::at" otherwise).
 Phi-3's tokenizer declares just that (rstrip), so a chat prompt gets other ids where the rule is missed, as it is under
-the converter's spelling "Phi 3 Mini 4k Instruct". Here the flags decide and the name follows: `model_name`.
+the converter's spelling "Phi 3 Mini 4k Instruct". Here the flags decide and the name follows: `model_name`. Those of
+Phi-3-vision swallow after <|assistant|>, not after <|user|> and <|end|>: there the name turns the rule off, and the
+chat template leaves out what would be swallowed: `chat_template`.
 
 End of generation. llama.cpp ends a generation at the ids of a few keys and at tokens with well-known texts. A
 checkpoint may list more ids (Phi-3: <|endoftext|>, <|assistant|>, <|end|>) than the converter's one: `end_ids`.
@@ -19,6 +21,7 @@ otherwise than the model is made up for in the weights: phi3edge.centring.
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -283,7 +286,7 @@ def metadata(
         for template, body in sorted(vocabulary.other_templates.items()):
             pairs[f"tokenizer.chat_template.{_template_name(template)}"] = (text, body)
     if vocabulary.chat_template is not None:
-        pairs["tokenizer.chat_template"] = (text, vocabulary.chat_template)
+        pairs["tokenizer.chat_template"] = (text, chat_template(vocabulary))
     return pairs
 
 
@@ -297,10 +300,12 @@ def constants(spec: ModelSpec) -> list[tuple[str, bytes]]:
 def written_context(spec: ModelSpec, context: int) -> int | None:
     """The context length to write for an artifact that shall hold `context` tokens; None for the checkpoint's.
 
-    llama.cpp takes LongRoPE's factors once, by the size of the context that it is opened with, which by default is the
-    one written here: for a target within the original context that is what is written.
+    It is what llama.cpp opens a file with by default. It takes LongRoPE's factors once, by the size of that context,
+    and ignores an attention window: for a target within the original context or the window, that is what is written.
     """
-    return spec.original_context_length if spec.rope.by_length and context <= spec.original_context_length else None
+    exact = [spec.original_context_length] if spec.rope.by_length else []
+    exact += [spec.sliding_window] if spec.sliding_window is not None else []
+    return min((end for end in exact if context <= end < spec.context_length), default=None)
 
 
 def notes(spec: ModelSpec, vocabulary: Vocabulary) -> list[str]:
@@ -309,8 +314,12 @@ def notes(spec: ModelSpec, vocabulary: Vocabulary) -> list[str]:
     rule = _applies_rule(vocabulary)
     wrong = [t.content for t in vocabulary.added if t.rstrip != (rule and _rule_strips(t))]
     if wrong:
-        state = "on" if rule else "off"
-        found.append(f"llama.cpp has rstrip on or off for all special tokens; {state} is wrong for {', '.join(wrong)}")
+        state, more = "on" if rule else "off", f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        which = ", ".join(wrong[:8]) + more
+        note = f"llama.cpp has rstrip on or off for all special tokens; {state} is wrong for {which}"
+        if made_up := _stripped_in_chat(vocabulary):
+            note += f"; the chat template makes up for {', '.join(made_up)}"
+        found.append(note)
     written = end_ids(spec, vocabulary).values()
     for index in spec.eos_token_ids:
         token = vocabulary.tokens[index]
@@ -330,6 +339,28 @@ def model_name(name: str, vocabulary: Vocabulary) -> str:
     if _applies_rule(vocabulary):
         return name if RULE_NAMES.search(name) else f"{name} (Phi-3)"
     return RULE_NAMES.sub(r"\1 3", name)
+
+
+def chat_template(vocabulary: Vocabulary) -> str | None:
+    """The chat template, which leaves out the white space that the tokenizer swallows and llama.cpp would not.
+
+    A chat's token ids stay what they were: the tokenizer's own, of either template.
+    """
+    template = vocabulary.chat_template
+    for token in _stripped_in_chat(vocabulary):
+        quoted = json.dumps(token)
+        template = (
+            f"{{% set chat %}}{template}{{% endset %}}{{% for part in chat.split({quoted}) %}}"
+            f"{{{{ part if loop.first else {quoted} + part.lstrip() }}}}{{% endfor %}}"
+        )
+    return template
+
+
+def _stripped_in_chat(vocabulary: Vocabulary) -> list[str]:
+    """Tokens of the chat template that swallow the white space after them, where llama.cpp has that off."""
+    if _applies_rule(vocabulary):
+        return []
+    return [t.content for t in vocabulary.added if t.rstrip and t.content in (vocabulary.chat_template or "")]
 
 
 def _applies_rule(vocabulary: Vocabulary) -> bool:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "genai_config.json"
 ALIGNMENT = 65536  # Windows maps files at multiples of it
 MICROSOFT = "com.microsoft"
-ACCURACY_LEVELS = {"cpu": 4, "dml": 0, "webgpu": 4}
+ACCURACY_LEVELS = {"cpu": 4, "cuda": 0, "dml": 0, "webgpu": 4}
 """accuracy_level of MatMulNBits: 4 lets the kernel round activations to 8 bits, 0 computes in their own type."""
 
 FLOAT_CODECS = {"float32": "f32", "float16": "f16"}
@@ -195,9 +195,10 @@ class Emitter:
             if node.op_type == "MatMul" and not turn:  # a tied head reads the embedding's rows
                 shape = (rows, columns)
             value = self._section(piece, 0, name, stored, shape, slice(None), rows * plan.bytes // _rows(plan), turn)
-            value = self._cast(value)
+            value = self._cast(value, weight.value.dtype)
             if node.op_type == "MatMul" and not turn:
-                value = self._node("Transpose", f"{name}/Transpose", [value], (columns, rows), perm=[1, 0])
+                dtype = _ir_type(self._io)
+                value = self._node("Transpose", f"{name}/Transpose", [value], (columns, rows), dtype, perm=[1, 0])
             node.replace_input_with(index, value)
             return
         blocks = columns // grid.BLOCK_SIZE
@@ -258,20 +259,26 @@ class Emitter:
         self._model.graph.register_initializer(value)
         return value
 
-    def _cast(self, value: ir.Value) -> ir.Value:
-        """The value in the dtype that the graph computes in."""
-        wanted = _ir_type(self._io)
+    def _cast(self, value: ir.Value, wanted: ir.DataType | None = None) -> ir.Value:
+        """The value in a dtype, or else in that which the graph computes in."""
+        wanted = wanted or _ir_type(self._io)
         if value.dtype == wanted:
             return value
-        return self._node("Cast", f"{value.name}/Cast", [value], tuple(value.shape or ()), to=int(wanted))
+        return self._node("Cast", f"{value.name}/Cast", [value], tuple(value.shape or ()), wanted, to=int(wanted))
 
     def _node(
-        self, op_type: str, name: str, inputs: list[ir.Value], shape: tuple[Any, ...], **attributes: Any
+        self,
+        op_type: str,
+        name: str,
+        inputs: list[ir.Value],
+        shape: tuple[Any, ...],
+        dtype: ir.DataType,
+        **attributes: Any,
     ) -> ir.Value:
         """A new node that computes from weights alone; its output."""
         import onnx_ir as ir
 
-        output = ir.Value(name=f"{name}/output_0", shape=ir.Shape(shape), type=ir.TensorType(_ir_type(self._io)))
+        output = ir.Value(name=f"{name}/output_0", shape=ir.Shape(shape), type=ir.TensorType(dtype))
         node = ir.node(op_type, inputs=inputs, attributes=attributes, outputs=[output], name=name)
         self._model.graph.insert_before(self._model.graph[0], node)
         return output

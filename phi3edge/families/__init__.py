@@ -5,10 +5,6 @@ from phi3edge.prequantized import mark
 from phi3edge.registry import load, names
 from phi3edge.types import JSON, ModelSpec
 
-NOT_YET = {
-    "phi3_v": "images",
-}
-
 
 def parse_config(config: JSON, generation_config: JSON | None, name: str) -> ModelSpec:
     """The ModelSpec of a checkpoint.
@@ -20,8 +16,7 @@ def parse_config(config: JSON, generation_config: JSON | None, name: str) -> Mod
     if not isinstance(kind, str):
         raise CheckpointError("config.json: model_type is missing; expected a string such as 'phi3'")
     if kind not in names("families"):
-        why = f" ({NOT_YET[kind]})" if kind in NOT_YET else ""
         raise UnsupportedError(
-            f"config.json: model_type {kind!r} is not supported{why}", f"supported: {', '.join(names('families'))}"
+            f"config.json: model_type {kind!r} is not supported", f"supported: {', '.join(names('families'))}"
         )
     return mark(load("families", kind).parse(config, generation_config, name), config)

@@ -3,7 +3,7 @@
 A runner's file has `accepts(artifact)`, `files(artifact)`, `traffic(artifact, kv_type)`, `probe()`,
 `open(artifact, ...)`, which returns a `Runner`, and the class `Session`, which `_child.py` makes in the child process
 and whose methods answer the calls made here. So the death of a native library ends a child, and is an error of one line
-here.
+here. `HEEDS_WINDOW` says whether attention looks back no further than the model's window.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from phi3edge.runners._memory import peak_memory
 from phi3edge.runners._timing import samples
 
 RUNTIME = "llama.cpp"
+HEEDS_WINDOW = False  # it has that switched off for phi3 (src/models/phi3.cpp)
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}  # ggml's numbers of the types a KV cache can have
 
 KV_BYTES = {"f32": 4.0, "f16": 2.0, "q4_0": 18 / 32, "q8_0": 34 / 32}

@@ -31,6 +31,7 @@ from phi3edge.runners._timing import samples
 from phi3edge.units import size
 
 RUNTIME = "ONNX Runtime GenAI"
+HEEDS_WINDOW = True  # as the CPU provider does, which runs here
 SPINNING = "session.intra_op.allow_spinning"
 """Threads that spin while they wait slow a busy machine many times: off, unless the folder sets it."""
 
