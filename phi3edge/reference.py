@@ -264,9 +264,9 @@ def _load(checkpoint: Path) -> Any:
     import torch
 
     local = {"trust_remote_code": False, "local_files_only": True}
+    config = readable_config(checkpoint) or transformers.AutoConfig.from_pretrained(checkpoint, **local)
     if not _is_prequantized(checkpoint):
         load = transformers.AutoModelForCausalLM.from_pretrained
-        config = readable_config(checkpoint) or transformers.AutoConfig.from_pretrained(checkpoint, **local)
         if stays_in_files(checkpoint):
             from phi3edge.stored import load_stored
 
@@ -277,7 +277,6 @@ def _load(checkpoint: Path) -> Any:
         spec = parse_config(stored.config, stored.generation_config, stored.name)
         stored.check(spec)
         weights = {tensor.name: torch.from_numpy(stored.read(tensor.name)) for tensor in spec.tensors}
-    config = readable_config(checkpoint) or transformers.AutoConfig.from_pretrained(checkpoint, **local)
     del config.quantization_config
     model = getattr(transformers, config.architectures[0])
     return model.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)

@@ -8,6 +8,7 @@ import torch
 from _models import GROUPED, MHA, TIED, Shape, write_model
 from _prequantized import GPTQ, write_prequantized
 from _small import write_small
+from _vision import write_vision
 from test_longrope import longrope
 
 from phi3edge import machine, reference, stored
@@ -99,6 +100,14 @@ def test_a_pass_says_so_and_gives_the_same_figures(tmp_path: Path, monkeypatch: 
     assert opened == "open reference; 5.38 MB are not free, so each step reads its files"
     np.testing.assert_array_equal(read.text_log_probs, whole.text_log_probs)
     assert (read.greedy, read.ended) == (whole.greedy, whole.ended)
+
+
+def test_tensors_for_images_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_vision(tmp_path / "model", shards=2)
+    with torch.inference_mode():
+        expected = load_model(folder)(ids(30)).logits
+        monkeypatch.setattr(machine, "free_memory", lambda: 102_400)
+        assert torch.equal(load_model(folder)(ids(30)).logits, expected)
 
 
 def test_small_reads_its_blocks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
