@@ -181,12 +181,13 @@ def _genai(artifact: Path, prompt: np.ndarray, count: int, context: int) -> tupl
 
     config = og.Config(str(artifact.parent))
     config.clear_providers()
-    config.overlay('{"model": {"eos_token_id": [0]}}')
+    config.overlay('{"model": {"eos_token_id": 0}}')  # a list would be added to the folder's
     parameters = og.GeneratorParams(model := og.Model(config))
     parameters.set_search_options(max_length=context, do_sample=False)
     generator, ids, rows = og.Generator(model, parameters), prompt.tolist(), []
     generator.append_tokens(prompt.astype(np.int32))
     for _ in range(count):
+        assert not generator.is_done(), "token 0 came: take another prompt"
         generator.generate_next_token()
         ids.append(int(generator.get_next_tokens()[0]))
         rows.append(generator.get_output("logits")[0, -1].copy())  # of the run that it was chosen from
