@@ -164,6 +164,18 @@ def test_metadata(vocabulary: Vocabulary) -> None:
     assert gguf.notes(model, vocabulary) == []
 
 
+def test_a_plain_load_is_no_longer_than_what_is_exact() -> None:
+    """llama.cpp opens a file with the context length that it says; None stands for the checkpoint's."""
+    mini = replace(spec(), context_length=4096, original_context_length=4096, sliding_window=2047)
+    assert [gguf.written_context(mini, n) for n in (512, 2047, 2048, 4096)] == [2047, 2047, None, None]
+    assert gguf.written_context(replace(mini, sliding_window=None), 512) is None
+    rope = replace(mini.rope, short_factors=(1.0,), long_factors=(2.0,))
+    long = replace(mini, context_length=131072, rope=rope)
+    assert [gguf.written_context(long, n) for n in (512, 2048, 4096, 4097)] == [2047, 4096, 4096, None]
+    wide = replace(long, sliding_window=262144)
+    assert [gguf.written_context(wide, n) for n in (512, 4096, 4097, 131072)] == [4096, 4096, None, None]
+
+
 def test_metadata_that_depends(vocabulary: Vocabulary) -> None:
     plan = make_plan(spec())
     quantized = replace(plan, tensors=(replace(plan.tensors[0], codec="q8_0"), *plan.tensors[1:]))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from _models import EMBEDDING, copy_model
+from _prequantized import AWQ, write_prequantized
 from _vision import CONTEXT, IMAGE, ORIGINAL, SHAPE, image_tensors, vision_config, write_vision
 from safetensors.torch import load_file, save_file
 
@@ -28,8 +29,8 @@ def model(tmp_path_factory) -> Path:
     return write_vision(tmp_path_factory.mktemp("model") / "Phi-3-vision-tiny")
 
 
-def ids(count: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(3, 700, count)
+def ids(count: int, most: int = 700) -> np.ndarray:
+    return np.random.default_rng(0).integers(3, most, count)
 
 
 def reference(model: Path, tokens: np.ndarray) -> np.ndarray:
@@ -150,3 +151,17 @@ def test_the_plan_says_it_before_any_weight_is_read(model: Path) -> None:
     ready = prepare(str(model), "iphone")
     assert any(note.startswith("Text only") for note in ready.notes)
     assert ready.plan.model.vocab_size == SHAPE.vocab
+
+
+def test_integers_that_a_checkpoint_brings_are_read_as_any_phi3s(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    write_prequantized(text, AWQ)
+    folder = copy_model(text, tmp_path / "vision")
+    config = json.loads((folder / "config.json").read_text())
+    images = {key: vision_config()[key] for key in ("img_processor", "embd_layer")}
+    changed = {"model_type": "phi3_v", "architectures": ["Phi3VForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config | changed | images))
+    save_file(load_file(folder / "model.safetensors") | image_tensors(), folder / "model.safetensors")
+    with open_checkpoint(folder) as checkpoint:
+        checkpoint.check(parse_config(checkpoint.config, None, "x"))
+    np.testing.assert_array_equal(reference(folder, ids(20, 300)), reference(text, ids(20, 300)))
