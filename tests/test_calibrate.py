@@ -121,15 +121,15 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
     whole = contents(round_model(Rewritten(model, spec), plan, text).folder)
     monkeypatch.setenv("PHI3EDGE_CACHE", str(own_cache.with_name("second")))
     calls: list[str] = []
-    real = calibrate._Moments.aim
+    real = calibrate.Moments.aim
 
-    def interrupted(self: calibrate._Moments) -> torch.Tensor:
+    def interrupted(self: calibrate.Moments, weight: torch.Tensor) -> torch.Tensor:
         calls.append("linear")
         if len(calls) == 6:  # in the middle of the second block
             raise KeyboardInterrupt
-        return real(self)
+        return real(self, weight)
 
-    monkeypatch.setattr(calibrate._Moments, "aim", interrupted)
+    monkeypatch.setattr(calibrate.Moments, "aim", interrupted)
     with pytest.raises(KeyboardInterrupt):
         round_model(Rewritten(model, spec), plan, text)
     resumed = round_model(Rewritten(model, spec), plan, text)
@@ -146,7 +146,7 @@ def test_a_finished_rounding_is_used_again_and_another_text_is_another(
     first = round_model(basis, plan, text_of(spec))
     other = round_model(basis, plan, text_of(spec, seed=5))
     assert other.folder != first.folder
-    monkeypatch.setattr(calibrate._Run, "step", lambda self: pytest.fail("it was finished"))
+    monkeypatch.setattr(calibrate.Run, "step", lambda self: pytest.fail("it was finished"))
     again = round_model(basis, plan, text_of(spec))
     assert again == first
     assert json.loads((again.folder / "finished.json").read_text())["steps"] == spec.layers + 1

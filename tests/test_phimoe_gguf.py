@@ -22,7 +22,7 @@ from _moe import (
     write_phimoe,
 )
 
-from phi3edge import build
+from phi3edge import rounding
 from phi3edge.budget import Budget
 from phi3edge.build import export, prepare
 from phi3edge.centring import ROUTER_SHIFT, Centred
@@ -96,7 +96,7 @@ def test_without_such_tokens_it_is_the_model_on_the_side_it_is_opened_for(sharp:
 def test_the_weights_as_they_are_are_another_model(sharp: Path, tmp_path: Path, monkeypatch) -> None:
     """What a plain conversion gives; centring alone is not enough."""
     expected = log_probs(sharp, SEQUENCES)
-    monkeypatch.setattr(build, "Centred", lambda source, spec: source)
+    monkeypatch.setattr(rounding, "Centred", lambda source, spec: source)
     plain = kl(expected, gguf_log_probs(export_gguf(sharp, tmp_path / "plain").artifact, SEQUENCES)).mean()
     assert plain > 0.5
 
@@ -105,7 +105,7 @@ def test_the_weights_as_they_are_are_another_model(sharp: Path, tmp_path: Path, 
             rows = super().rows(name, start, stop)
             return rows * 2**ROUTER_SHIFT if "gate.weight" in name else rows / 2 if ".w2." in name else rows
 
-    monkeypatch.setattr(build, "Centred", NotRouted)
+    monkeypatch.setattr(rounding, "Centred", NotRouted)
     assert kl(expected, gguf_log_probs(export_gguf(sharp, tmp_path / "n").artifact, SEQUENCES)).mean() > 0.02
 
 
@@ -214,13 +214,19 @@ def test_memory_is_a_few_experts_whatever_there_are(tmp_path: Path) -> None:
 
 
 def test_what_is_not_made_is_refused_before_any_work(model: Path) -> None:
-    for options in (
-        {"rounding": Rounding(method="gptq")},
-        {"rounding": Rounding(method="awq")},
-        {"budget": Budget(bytes=10**6)},
+    for options, reason in (
+        ({"budget": Budget(bytes=10**6)}, "byte budgets are not computed for a mixture of experts"),
+        ({"rounding": Rounding("gptq")}, "a mixture of experts does not write its own text"),
+        ({"rounding": Rounding("awq", "self+python")}, "a mixture of experts does not write its own text"),
     ):
-        with pytest.raises(UnsupportedError, match="not computed for a mixture of experts"):
+        with pytest.raises(UnsupportedError, match=reason):
             prepare(str(model), "cpu", format_="gguf", **options)
+
+
+def test_calibration_on_a_gpu_is_refused(model: Path, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(UnsupportedError, match="--device cuda is not for a mixture of experts"):
+        prepare(str(model), "cpu", format_="gguf", rounding=Rounding("gptq", "python", device="cuda"))
 
 
 def test_a_plan_says_what_stays_different_and_reads_two_experts_a_token(model: Path) -> None:
