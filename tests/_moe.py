@@ -63,7 +63,9 @@ def phimoe_config(dtype: str = "float32", **changes: Any) -> dict[str, Any]:
     return config | changes
 
 
-def phimoe_tensors(dtype: str = "float32", seed: int = 0) -> dict[str, torch.Tensor]:
+def phimoe_tensors(
+    dtype: str = "float32", seed: int = 0, experts: int = EXPERTS, intermediate: int = INTERMEDIATE
+) -> dict[str, torch.Tensor]:
     """Random weights under the original names; nothing has a mean of 0, so that a norm's centring shows."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -87,11 +89,11 @@ def phimoe_tensors(dtype: str = "float32", seed: int = 0) -> dict[str, torch.Ten
         linear(f"{block}.self_attn.o_proj", HIDDEN, HIDDEN)
         norm(f"{block}.post_attention_layernorm")
         mixture = f"{block}.block_sparse_moe"
-        tensors[f"{mixture}.gate.weight"] = normal(EXPERTS, HIDDEN, scale=HIDDEN**-0.5)
-        for expert in range(EXPERTS):
-            for part, shape in (("w1", (INTERMEDIATE, HIDDEN)), ("w2", (HIDDEN, INTERMEDIATE))):
+        tensors[f"{mixture}.gate.weight"] = normal(experts, HIDDEN, scale=HIDDEN**-0.5)
+        for expert in range(experts):
+            for part, shape in (("w1", (intermediate, HIDDEN)), ("w2", (HIDDEN, intermediate))):
                 tensors[f"{mixture}.experts.{expert}.{part}.weight"] = normal(*shape, scale=shape[1] ** -0.5)
-            tensors[f"{mixture}.experts.{expert}.w3.weight"] = normal(INTERMEDIATE, HIDDEN, scale=HIDDEN**-0.5)
+            tensors[f"{mixture}.experts.{expert}.w3.weight"] = normal(intermediate, HIDDEN, scale=HIDDEN**-0.5)
     norm("model.norm")
     linear("lm_head", VOCAB, HIDDEN)
     return tensors
@@ -100,8 +102,10 @@ def phimoe_tensors(dtype: str = "float32", seed: int = 0) -> dict[str, torch.Ten
 def write_phimoe(folder: Path, dtype: str = "float32", shards: int = 1, seed: int = 0, **changes: Any) -> Path:
     """A complete checkpoint in a new folder: weights, config (`changes` replace its keys), tokenizer."""
     folder.mkdir(parents=True)
-    write_weights(folder, phimoe_tensors(dtype, seed), shards)
-    (folder / "config.json").write_text(json.dumps(phimoe_config(dtype, **changes), indent=2))
+    config = phimoe_config(dtype, **changes)
+    tensors = phimoe_tensors(dtype, seed, config["num_local_experts"], config["intermediate_size"])
+    write_weights(folder, tensors, shards)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
     generation = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": [0, 3], "pad_token_id": 0}
     (folder / "generation_config.json").write_text(json.dumps(generation))
     write_tokenizer(folder, VOCAB)

@@ -1,13 +1,11 @@
 """Phi-3.5-MoE as GGUF: llama.cpp's `phimoe` computes another function, which the written weights make up for."""
 
-import json
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from _models import write_tokenizer, write_weights
 from _moe import (
     CONTEXT,
     EXPERTS,
@@ -17,8 +15,6 @@ from _moe import (
     MSCALE,
     ORIGINAL,
     PAIRS,
-    phimoe_config,
-    phimoe_tensors,
     write_phimoe,
 )
 
@@ -189,22 +185,7 @@ def test_a_report_says_how_many_tokens_stay_different(model: Path, tmp_path: Pat
 def test_memory_is_a_few_experts_whatever_there_are(tmp_path: Path) -> None:
     """48 matrices of experts, 2 MB each as float32, of which a few are in memory at once."""
     experts, width = 8, 2048
-    changes = {"num_local_experts": experts, "intermediate_size": width, "torch_dtype": "bfloat16"}
-    folder = tmp_path / "in"
-    folder.mkdir()
-    tensors = phimoe_tensors("bfloat16")
-    for name in list(tensors):
-        if ".experts." in name:
-            del tensors[name]
-    for layer in range(LAYERS):
-        block = f"model.layers.{layer}.block_sparse_moe"
-        tensors[f"{block}.gate.weight"] = torch.randn(experts, HIDDEN).bfloat16()
-        for expert in range(experts):
-            for name, shape in (("w1", (width, HIDDEN)), ("w2", (HIDDEN, width)), ("w3", (width, HIDDEN))):
-                tensors[f"{block}.experts.{expert}.{name}.weight"] = torch.randn(*shape).bfloat16() / 16
-    write_weights(folder, tensors)
-    (folder / "config.json").write_text(json.dumps(phimoe_config("bfloat16", **changes)))
-    write_tokenizer(folder, 320)
+    folder = write_phimoe(tmp_path / "in", "bfloat16", num_local_experts=experts, intermediate_size=width)
     export_gguf(folder, tmp_path / "warm", "q4_0", threads=1)  # compiles
     tracemalloc.start()
     export_gguf(folder, tmp_path / "out", "q4_0", threads=1)

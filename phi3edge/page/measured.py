@@ -108,6 +108,11 @@ def layers(entries: Sequence[Entry]) -> Section | None:
             )
             caption = "Error of each linear's outputs on the calibration text, relative to the outputs themselves."
             own.append(figure(f"calibration-{number}", caption, charts.calibration_error(linears), data))
+        if entry.manifest and entry.manifest.calibration and (counts := entry.manifest.calibration.expert_tokens):
+            experts = [f">expert {n}" for n in range(len(counts[0]))]
+            rows = [[str(layer), *(f"{count:,}" for count in row)] for layer, row in enumerate(counts)]
+            title = "Tokens of the calibration text that chose each expert"
+            own.append(details(title, table(title, ["layer", *experts], rows)))
         if own:
             parts.append(per_artifact(entries, entry, *own))
     if not parts:
