@@ -15,7 +15,6 @@ from phi3edge.errors import MissingExtraError, UnsupportedError, UsageError
 from phi3edge.methods import CALIBRATED, SCALED
 from phi3edge.progress import Stages
 from phi3edge.quantize import Rows
-from phi3edge.statistics import LEAST_TOKENS
 from phi3edge.targets import Format
 from phi3edge.types import JSON, ModelSpec, QuantPlan, Statistics
 
@@ -171,7 +170,7 @@ def round_weights(
     notes = [f"Calibrated on {text.ids.size} tokens of {text.name}."]
     if found.expert_tokens:
         described["expert_tokens"] = found.expert_tokens
-        notes += _few(found.expert_tokens)
+        notes += _few(spec, found.expert_tokens)
     if basis is not source or any(t.method in SCALED for t in plan.tensors):
         notes.append("Weights are in another basis than the checkpoint's: adapters made for it do not fit them.")
     return Rounded(basis, found.rows, None, text.ids, described, notes + ([text.note] if text.note else []))
@@ -185,12 +184,12 @@ def _run_class(spec: ModelSpec) -> type[Run] | None:
     return MixtureRun
 
 
-def _few(expert_tokens: Sequence[Sequence[int]]) -> list[str]:
-    """What to tell of experts that were not calibrated on their own tokens."""
-    counts = [count for layer in expert_tokens for count in layer]
-    few = sum(count < LEAST_TOKENS for count in counts)
-    said = f"{few} of {len(counts)} experts got fewer than {LEAST_TOKENS} tokens: calibrated on all of their layer's."
-    return [said] if few else []
+def _few(spec: ModelSpec, expert_tokens: Sequence[Sequence[int]]) -> list[str]:
+    """What to tell of experts that few tokens chose; see phi3edge.calibrate_mixture."""
+    counts, columns = [count for layer in expert_tokens for count in layer], spec.intermediate_size
+    few = sum(count < columns for count in counts)
+    said = f"{few} of {len(counts)} experts were chosen by fewer than {columns:,} tokens"
+    return [f"{said}: they are calibrated on others of their layer too."] if few else []
 
 
 def _with_statistics(source: Basis, plan: QuantPlan, path: Path) -> Rounded:

@@ -1,15 +1,32 @@
-"""Small random Phi-3.5-MoE checkpoints in the layout and configuration style of the original one."""
+"""Small random Phi-3.5-MoE checkpoints in the layout and configuration style of the original one; what rounds them."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from _models import DTYPES, write_tokenizer, write_weights
+from safetensors.torch import load_file, save_file
+
+from phi3edge.calibrate import Rounded
+from phi3edge.calibrate_mixture import LlamaCppDecoder
+from phi3edge.calibration import CalibrationText
+from phi3edge.centring import Centred
+from phi3edge.checkpoint import Checkpoint
+from phi3edge.codecs import codec, is_float
+from phi3edge.families import parse_config
+from phi3edge.mixture import Mixture
+from phi3edge.plan import make_plan
+from phi3edge.recipes import load_recipe, with_method
+from phi3edge.types import QuantPlan
 
 LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCAB, EXPERTS = 2, 256, 512, 4, 2, 320, 6
 ORIGINAL, CONTEXT, PAIRS = 256, 1024, HIDDEN // HEADS // 2
 MSCALE = 1.3
+RECIPES = {"gguf": "q4_0", "onnx": "int4"}
+RARE = 5
+"""The expert of the first layer that few tokens choose, of `write_with_rare`."""
 
 
 def phimoe_config(dtype: str = "float32", **changes: Any) -> dict[str, Any]:
@@ -110,3 +127,51 @@ def write_phimoe(folder: Path, dtype: str = "float32", shards: int = 1, seed: in
     (folder / "generation_config.json").write_text(json.dumps(generation))
     write_tokenizer(folder, VOCAB)
     return folder
+
+
+def write_with_rare(folder: Path) -> Path:
+    """A checkpoint with an expert that few tokens choose."""
+    write_phimoe(folder)
+    tensors = load_file(folder / "model.safetensors")
+    always = tensors["model.layers.0.post_attention_layernorm.bias"]  # part of all that the router reads
+    tensors["model.layers.0.block_sparse_moe.gate.weight"][RARE] = -0.1 * always
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def plan_of(checkpoint: Checkpoint, format_: str, method: str = "gptq") -> QuantPlan:
+    spec = parse_config(checkpoint.config, checkpoint.generation_config, "tiny")
+    return make_plan(spec, RECIPES[format_], with_method(load_recipe(RECIPES[format_])[1], method))
+
+
+def basis_of(checkpoint: Checkpoint, plan: QuantPlan, format_: str) -> Checkpoint | Centred:
+    return Centred(checkpoint, plan.model) if format_ == "gguf" else checkpoint
+
+
+def text_of(sequences: int, tokens: int, seed: int = 0) -> CalibrationText:
+    rng = np.random.default_rng(seed)
+    return CalibrationText((rng.random((sequences, tokens)) ** 2 * 320).astype(np.int64), "random tokens")
+
+
+class Packed:
+    """What an artifact holds, as weights: rounded by calibration, to nearest, or floats."""
+
+    def __init__(self, source: Checkpoint | Centred, plan: QuantPlan, found: Rounded) -> None:
+        self._source, self._found = source, found
+        self._planned = {t.tensor.name: t for t in plan.tensors}
+
+    def read(self, name: str) -> np.ndarray:
+        planned, weight = self._planned[name], self._source.read(name)
+        module = codec(planned.codec)
+        packed = self._found.rows(planned, 0, len(weight) if weight.ndim == 2 else 1)
+        if packed is not None:
+            return module.dequantize(module.unpack(packed)).reshape(weight.shape)
+        return weight if is_float(planned.codec) else module.dequantize(module.quantize(weight))
+
+
+def packed_model(checkpoint: Checkpoint, plan: QuantPlan, format_: str, found: Rounded) -> Mixture:
+    """An artifact in torch, computed as its runtime does."""
+    made = Mixture(Packed(basis_of(checkpoint, plan, format_), plan, found), plan.model)
+    if format_ == "gguf":
+        made._decoder = LlamaCppDecoder(plan.model)
+    return made
