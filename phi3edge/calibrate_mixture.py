@@ -146,9 +146,9 @@ class MixtureRun(Run):
         for path in (true, real):
             for batch in self._batches:
                 path.input("ffn_gate_up", batch)
+        scale, left = self._scaled_experts(layer, weights, rounded, real)
         for role in (*QKV, "attn_output"):  # they have done their part
             del weights[role], rounded[role]
-        scale, left = self._scaled_experts(layer, weights, rounded, real)
         true_shares, real_shares = ([path.route(batch) for batch in self._batches] for path in (true, real))
         experts = _Layer(layer, true, real, true_shares, real_shares, scale, left)
         for expert in range(len(weights["router"])):
@@ -249,7 +249,7 @@ class MixtureRun(Run):
         for batch in self._batches:
             sums.add(real.normed(batch))
         step = max(1, len(planned) * spec.intermediate_size // (SAMPLED_NORMS * SAMPLED_ROWS))
-        rows = torch.cat([torch.from_numpy(self._checkpoint.read(t.tensor.name)[::step]) for t in planned])
+        rows = torch.cat([torch.from_numpy(self._checkpoint.read(t.tensor.name)[::step].copy()) for t in planned])
         found = find_scale(spec, planned[0], rows, sums, "ffn_gate")
         scale = torch.from_numpy(found.values)
         for each in (weights, rounded):
