@@ -109,6 +109,19 @@ def test_every_shape_of_model_is_rounded(tmp_path: Path, shape: Shape) -> None:
         assert all(0 < row.error < 0.1 for row in found.figures)
 
 
+def test_a_weight_is_aimed_alike_whether_it_is_tall_or_wide() -> None:
+    """And its output on the rounded model's inputs is nearer to what the float model's inputs gave."""
+    generator = torch.Generator().manual_seed(0)
+    x, other, weight = (torch.randn(*shape, generator=generator) for shape in ((400, 32), (400, 32), (96, 32)))
+    y = x @ (torch.eye(32) + 0.1 * torch.randn(32, 32, generator=generator)) + 0.1 * other
+    moments = calibrate.Moments(32, torch.device("cpu"))
+    moments.add(x, y)
+    aimed = moments.aim(weight)
+    torch.testing.assert_close(aimed[:16], moments.aim(weight[:16]), rtol=0, atol=1e-4)
+    lost, before = ((y @ w.T - x @ weight.T).square().mean() for w in (aimed, weight))
+    assert lost < 0.3 * before
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
