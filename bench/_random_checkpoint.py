@@ -39,6 +39,30 @@ PHI3_MEDIUM = PHI3_MINI | {
     "num_attention_heads": 40,
     "num_key_value_heads": 10,
 }
+PHI35_MOE = {
+    **PHI3_MINI,
+    "architectures": ["PhiMoEForCausalLM"],
+    "model_type": "phimoe",
+    "hidden_size": 4096,
+    "intermediate_size": 6400,
+    "num_key_value_heads": 8,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 2,
+    "router_jitter_noise": 0.01,
+    "input_jitter_noise": 0.01,
+    "attention_bias": True,
+    "lm_head_bias": True,
+    "max_position_embeddings": 131072,
+    "sliding_window": 131072,
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0] * 64,
+        "long_factor": [4.0] * 64,
+        "short_mscale": 1.243163121016122,
+        "long_mscale": 1.243163121016122,
+        "original_max_position_embeddings": 4096,
+    },
+}
 MODELS = {"mini": PHI3_MINI, "medium": PHI3_MEDIUM}
 """Configurations of the 4k checkpoints: 3.8 and 14.0 billion weights."""
 
@@ -55,13 +79,8 @@ def shapes_name(model: str, layers: int | None = None) -> str:
 
 def write_checkpoint(folder: Path, layers: int | None = None, seed: int = 0, model: str = "mini") -> None:
     """A bf16 checkpoint in a model's shapes with `layers` layers (None: all of them), one shard per four of them."""
-    folder.mkdir(parents=True)
     config = dict(MODELS[model])
     layers = config["num_hidden_layers"] = layers or config["num_hidden_layers"]
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [32000, 32001, 32007]}))
-    _write_tokenizer(folder)
-    random = np.random.default_rng(seed)
     hidden, wide, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     qkv = hidden // heads * (heads + 2 * kv_heads)
@@ -82,6 +101,43 @@ def write_checkpoint(folder: Path, layers: int | None = None, seed: int = 0, mod
         for n in range(layers)
     ]
     shards = [edges] + [{k: v for block in blocks[i : i + 4] for k, v in block.items()} for i in range(0, layers, 4)]
+    _write(folder, config, shards, seed)
+
+
+def write_mixture(folder: Path, layers: int = 32, experts: int = 16, seed: int = 0) -> None:
+    """A bf16 checkpoint in Phi-3.5-MoE's shapes with so many layers and experts, one shard for each layer."""
+    config = {**PHI35_MOE, "num_hidden_layers": layers, "num_local_experts": experts}
+    hidden, wide, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    values = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+
+    def biased(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+    edges = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        **biased("model.norm", hidden),
+        **biased("lm_head", vocab, hidden),
+    }
+    shards = [edges]
+    for block in (f"model.layers.{n}" for n in range(layers)):
+        shapes = biased(f"{block}.input_layernorm", hidden) | biased(f"{block}.post_attention_layernorm", hidden)
+        for part, rows in (("q", hidden), ("k", values), ("v", values), ("o", hidden)):
+            shapes |= biased(f"{block}.self_attn.{part}_proj", rows, hidden)
+        shapes[f"{block}.block_sparse_moe.gate.weight"] = (experts, hidden)
+        for name in (f"{block}.block_sparse_moe.experts.{n}" for n in range(experts)):
+            shapes |= {f"{name}.w1.weight": (wide, hidden), f"{name}.w3.weight": (wide, hidden)}
+            shapes[f"{name}.w2.weight"] = (hidden, wide)
+        shards.append(shapes)
+    _write(folder, config, shards, seed)
+
+
+def _write(folder: Path, config: dict[str, object], shards: list[dict[str, tuple[int, ...]]], seed: int) -> None:
+    """Configuration, tokenizer, index, and random weights of some shapes by name."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [32000, 32001, 32007]}))
+    _write_tokenizer(folder)
+    random = np.random.default_rng(seed)
     index = {}
     for number, shapes in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"

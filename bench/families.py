@@ -240,7 +240,7 @@ PAGE = """# The family: what is written, and how exact it is
 Written by `python bench/families.py` from small random checkpoints in the original configuration style, with the real
 lengths where each model's function changes; {machine}. Tests hold the same, mostly at smaller lengths:
 `test_longrope.py`, `test_validate.py`, `test_emit_gguf.py`, `test_emit_ort_genai.py`,
-`test_phimoe_gguf.py`, `test_phimoe_onnx.py`, `test_phi3_vision.py`,
+`test_phimoe_gguf.py`, `test_phimoe_onnx.py`, `test_phimoe_rounding.py`, `test_phi3_vision.py`,
 `test_small_onnx.py`, `test_small_rounding.py`, `test_rounding.py`.
 
 ## Methods

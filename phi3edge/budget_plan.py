@@ -16,8 +16,7 @@ from phi3edge.types import ModelSpec, Option, QuantPlan
 
 if TYPE_CHECKING:
     from phi3edge.calibration import CalibrationText
-    from phi3edge.checkpoint import Checkpoint
-    from phi3edge.rewrite import Rewritten
+    from phi3edge.forward import Basis
 
 SEQUENCES, TOKENS = 16, 256
 """The text that losses are predicted on."""
@@ -64,7 +63,7 @@ def require_room(budget: Budget, spec: ModelSpec, name: str, recipe: Recipe, tar
 
 def plan_within(
     budget: Budget,
-    checkpoint: Checkpoint | Rewritten,
+    checkpoint: Basis,
     spec: ModelSpec,
     name: str,
     recipe: Recipe,

@@ -15,7 +15,6 @@ import numpy as np
 from phi3edge import __version__, card, folders, manifest, recipes
 from phi3edge.budget import Budget
 from phi3edge.budget_plan import SEQUENCES, TOKENS, budget_recipe, find_budget, plan_within, require_room
-from phi3edge.centring import Centred
 from phi3edge.checkpoint import SMALL_FILES
 from phi3edge.emitters import FILES, Job, open_emitter
 from phi3edge.errors import MissingExtraError, UnsupportedError, UsageError
@@ -36,7 +35,7 @@ from phi3edge.plan import (
 from phi3edge.progress import Stages, reporting, silent
 from phi3edge.quantize import quantize
 from phi3edge.recipes import Recipe, load_recipe, with_method
-from phi3edge.rounding import Rounding, basis_of, is_calibrated, require_rounding, round_weights
+from phi3edge.rounding import Rounding, basis_of, is_calibrated, require_mixture, require_rounding, round_weights
 from phi3edge.sources import resolve, resolve_spec
 from phi3edge.targets import KV_TYPES, Format, Runtime, Target, load_target
 from phi3edge.types import JSON, KVScales, ModelSpec, QuantPlan, Source
@@ -136,10 +135,9 @@ def prepare_spec(
         )
     mix = with_method(mix, rounding.method)
     budget = find_budget(recipe_name, mix, budget)
-    if spec.experts and (budget or is_calibrated(make_plan(spec, recipe_name, mix))):
+    if spec.experts and budget:
         raise UnsupportedError(
-            f"{spec.name}: calibrated rounding and byte budgets are not computed for a mixture of experts",
-            "use --method rtn, with --statistics of phi3edge calibrate",
+            f"{spec.name}: byte budgets are not computed for a mixture of experts", "choose a --recipe"
         )
     if budget:
         require_room(budget, spec, recipe_name, mix, device, chosen)
@@ -147,6 +145,8 @@ def prepare_spec(
     plan = make_plan(spec, recipe_name, mix)
     require_kernels(plan, target_name, device, chosen)
     require_rounding(rounding, is_calibrated(plan))
+    if spec.experts and is_calibrated(plan):
+        require_mixture(rounding)
     fit, notes = estimate_fit(plan, device, chosen, tokens), warnings(plan, device, chosen, tokens)
     return Prepared(plan, mix, target_name, device, chosen, fit, notes, budget)
 
@@ -185,7 +185,7 @@ def fill_budget(
 
     plan, said = plan_within(
         ready.budget,
-        basis_of(source, ready.plan, ready.runtime.kv_cache),
+        basis_of(source, ready.plan, ready.runtime.kv_cache, ready.format),
         spec,
         ready.plan.recipe,
         ready.recipe,
@@ -263,14 +263,12 @@ def export(
         scales = calibrate_cache(source.path, stages) if ready.runtime.kv_cache == "int8" else None
         job = Job(ready.plan, ready.recipe, source, ready.runtime, ready.fit.context, name_, limit, scales)
         emitter = open_emitter(ready.format, job)
-        rounded = round_weights(source, ready.plan, rounding, ready.runtime.kv_cache, stages)
-        centred = ready.format == "gguf" and spec.norm == "layer"
-        weights = Centred(source, spec) if centred else rounded.source
+        rounded = round_weights(source, ready.plan, rounding, ready.runtime.kv_cache, ready.format, stages)
         with new_folder(folder, lambda: folders.require_free(folder, force)) as partial:
             with (
                 stages("quantize", ready.plan.weight_bytes) as advance,
                 source.each_read_once(spec) if rounded.rows is None else nullcontext(),  # calibration read them before
-                closing(quantize(weights, ready.plan, threads, rounded.rows, rounded.statistics)) as stream,
+                closing(quantize(rounded.source, ready.plan, threads, rounded.rows, rounded.statistics)) as stream,
             ):
                 files = emitter.emit(stream, partial, advance)
             taken = sum(f.bytes for f in files)

@@ -26,7 +26,7 @@ from phi3edge.cache import cache_dir
 from phi3edge.codecs import codec, is_float, row_bytes
 from phi3edge.errors import OutputError, UnsupportedError
 from phi3edge.files import write_text
-from phi3edge.forward import LINEARS, Decoder, Weights, load_block, load_outer
+from phi3edge.forward import LINEARS, Basis, Decoder, Weights, load_block, load_outer
 from phi3edge.methods import CALIBRATED, SCALED
 from phi3edge.methods.gptq import DAMPING
 from phi3edge.phi3small import decoder_of
@@ -38,14 +38,13 @@ from phi3edge.types import JSON, QuantPlan, Statistics, TensorPlan
 
 if TYPE_CHECKING:
     from phi3edge.calibration import CalibrationText
-    from phi3edge.checkpoint import Checkpoint
-    from phi3edge.rewrite import Rewritten
 
 KEPT_BYTES = 16 * 10**9
 """What rounded models may take in the cache; the oldest go first. The newest stays whatever its size."""
 
 _BATCH_TOKENS = 4096
-_VERSION = 1  # raise it whenever the same inputs give other codes
+_MEASURED_ROWS = 1024  # of a weight, evenly spaced, whose error is measured: a few seconds less for each wide linear
+_VERSION = 2  # raise it whenever the same inputs give other codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,8 @@ class LinearFigures:
 
     Attributes:
         tokens: of the calibration text that it saw.
-        error: mean square of the output's error over that of the output, on the rounded model's inputs.
+        error: mean square of the output's error over that of the output, on the rounded model's inputs; of at most
+            1,024 rows.
         scaled: what awq's channel scales left of that in their search; 1 where they did not help and were left out,
             None where there was none.
     """
@@ -70,10 +70,15 @@ class LinearFigures:
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """Rounded linears, packed, in a folder of the cache; where channels were scaled, all else of the blocks too."""
+    """Rounded linears, packed, in a folder of the cache; where channels were scaled, all else of the blocks too.
+
+    Attributes:
+        expert_tokens: how many tokens chose each expert, by layer; empty without experts.
+    """
 
     folder: Path
     figures: tuple[LinearFigures, ...]
+    expert_tokens: tuple[tuple[int, ...], ...] = ()
 
     def rows(self, planned: TensorPlan, start: int, stop: int) -> np.ndarray | None:
         """Packed rows [start, stop) of a tensor, uint8 (rows, row bytes); None for one that is not here."""
@@ -86,12 +91,13 @@ class Rounded:
 
 
 def round_model(
-    checkpoint: Checkpoint | Rewritten,
+    checkpoint: Basis,
     plan: QuantPlan,
     text: CalibrationText,
     device: str = "cpu",
     stages: Stages = silent,
     keep_values: bool = False,
+    run_class: type[Run] | None = None,
 ) -> Rounded:
     """Round every tensor of a plan whose method is in CALIBRATED.
 
@@ -104,6 +110,7 @@ def round_model(
         device: where the model is computed.
         stages: shows progress.
         keep_values: True where something else was measured on the values as they are (an 8-bit KV cache).
+        run_class: how a block is rounded, where it is not four linears: see phi3edge.calibrate_mixture.
 
     Raises:
         UnsupportedError: statistics that nothing can be rounded by; names the tensor.
@@ -114,7 +121,7 @@ def round_model(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with torch.inference_mode(), stages("calibrate", steps) as advance:
-            run = _Run(checkpoint, plan, text.ids, folder, device, keep_values)
+            run = (run_class or Run)(checkpoint, plan, text.ids, folder, device, keep_values)
             advance(run.finished)
             while run.finished < steps:
                 run.step()
@@ -125,15 +132,15 @@ def round_model(
             f"cannot keep the rounded model in {folder.parent}: {error.strerror or error}",
             "it goes on from the last finished block; PHI3EDGE_CACHE names another folder",
         ) from error
-    return Rounded(folder, tuple(run.figures))
+    return Rounded(folder, tuple(run.figures), tuple(map(tuple, run.expert_tokens)))
 
 
-class _Run:
+class Run:
     """One rounding: what is finished of it, and its files."""
 
     def __init__(
         self,
-        checkpoint: Checkpoint | Rewritten,
+        checkpoint: Basis,
         plan: QuantPlan,
         ids: np.ndarray,
         folder: Path,
@@ -142,15 +149,20 @@ class _Run:
     ) -> None:
         self._checkpoint, self._plan, self._ids, self._folder = checkpoint, plan, ids, folder
         self._keep_values = keep_values
-        self._decoder = decoder_of(plan.model, device)
-        self._device = self._decoder.device
-        self._planned = {(t.tensor.role, t.tensor.layer): t for t in plan.tensors}
+        self._decoders = self._of_each_model(device)
+        self._device = self._decoders["float"].device
+        self._planned = {(t.tensor.role, t.tensor.layer): t for t in plan.tensors if t.tensor.expert is None}
         per_batch = max(1, _BATCH_TOKENS // ids.shape[1])
         self._batches = [slice(n, min(n + per_batch, len(ids))) for n in range(0, len(ids), per_batch)]
         self._state = folder / "finished.json"
         known: JSON = json.loads(self._state.read_text()) if self._state.is_file() else {"steps": 0, "figures": []}
         self.finished: int = known["steps"]
         self.figures = [LinearFigures(**row) for row in known["figures"]]
+        self.expert_tokens: list[list[int]] = known.get("expert_tokens", [])
+
+    def _of_each_model(self, device: str) -> dict[str, Decoder]:
+        """What computes the "float" model between its linears, and the "rounded" one."""
+        return dict.fromkeys(("float", "rounded"), decoder_of(self._plan.model, device))
 
     def step(self) -> None:
         """Round the next block, or after the last one the head; only whole steps are remembered."""
@@ -159,7 +171,8 @@ class _Run:
             self._embed()
         self.figures += self._round_block(layer) if layer < self._plan.model.layers else self._round_head()
         self.finished += 1
-        write_text(self._state, json.dumps({"steps": self.finished, "figures": [asdict(row) for row in self.figures]}))
+        known = {"steps": self.finished, "figures": [asdict(row) for row in self.figures]}
+        write_text(self._state, json.dumps(known | {"expert_tokens": self.expert_tokens}))
         spent = "hidden" if self.finished > self._plan.model.layers else f"hidden-{layer}-"
         for old in self._folder.glob(f"{spent}*"):
             old.unlink()
@@ -171,7 +184,7 @@ class _Run:
         for name, rows in (("float", table), ("rounded", self._round_alone(planned, table))):
             out = self._new(f"hidden-0-{name}", self._plan.model.hidden_size)
             for batch in self._batches:
-                out.write(batch, self._decoder.embed(rows[ids[batch].to(self._device)]))
+                out.write(batch, self._decoders[name].embed(rows[ids[batch].to(self._device)]))
 
     def _round_block(self, layer: int) -> list[LinearFigures]:
         weights, scaled = self._scaled_block(layer)
@@ -181,10 +194,10 @@ class _Run:
         true, real = self._path("float", layer, weights), self._path("rounded", layer, rounded)
         figures = []
         for role in LINEARS:
-            moments = _Moments(weights[role])
+            moments = Moments(weights[role].shape[1], self._device)
             for batch in self._batches:
                 moments.add(true.input(role, batch), real.input(role, batch))
-            rounded[role], found = self._round(self._planned[role, layer], moments)
+            rounded[role], found = self._round(self._planned[role, layer], weights[role], moments)
             figures += [replace(row, scaled=scaled.get(role)) for row in found]
         for path in (true, real):
             for batch in self._batches:
@@ -199,7 +212,7 @@ class _Run:
             return weights, {}
         states = self._states(f"hidden-{layer}-rounded", self._plan.model.hidden_size)
         hidden = (states.read(batch).to(self._device) for batch in self._batches)
-        found = find_scales(self._decoder, planned, weights, hidden, self._keep_values, layer)
+        found = find_scales(self._decoders["rounded"], planned, weights, hidden, self._keep_values, layer)
         folded = fold(self._plan.model, planned, weights, {role: scales.values for role, scales in found.items()})
         return folded, {role: scales.error for role, scales in found.items()}
 
@@ -223,23 +236,23 @@ class _Run:
         planned = self._planned.get(("head", None))
         if planned is None or planned.method not in CALIBRATED:
             return []
-        moments = _Moments(load_outer(self._checkpoint, spec, "head", self._device))
+        moments = Moments(spec.hidden_size, self._device)
         roles = [role for role, layer in self._planned if layer is None and role.startswith("output_norm")]
         outer = {role: load_outer(self._checkpoint, spec, role, self._device) for role in roles}
-        true, real = (self._states(f"hidden-{spec.layers}-{name}", spec.hidden_size) for name in ("float", "rounded"))
+        states = {name: self._states(f"hidden-{spec.layers}-{name}", spec.hidden_size) for name in self._decoders}
         for batch in self._batches:
-            states = (h.read(batch).to(self._device) for h in (true, real))
-            moments.add(*(self._decoder.normed("output_norm", h, outer) for h in states))
-        return self._round(planned, moments)[1]
+            last = {name: h.read(batch).to(self._device) for name, h in states.items()}
+            moments.add(*(self._decoders[name].normed("output_norm", h, outer) for name, h in last.items()))
+        return self._round(planned, load_outer(self._checkpoint, spec, "head", self._device), moments)[1]
 
-    def _round(self, planned: TensorPlan, moments: _Moments) -> tuple[Tensor, list[LinearFigures]]:
+    def _round(self, planned: TensorPlan, weight: Tensor, moments: Moments) -> tuple[Tensor, list[LinearFigures]]:
         """A linear as its plan rounds it, and how that went; packed into the folder if its method is calibrated."""
         if planned.method not in CALIBRATED:
-            return self._round_alone(planned, moments.weight), []
+            return self._round_alone(planned, weight), []
         tensor, module = planned.tensor, codec(planned.codec)
         method = load("methods", planned.method.split("+")[-1])
         try:
-            aimed = moments.aim()
+            aimed = moments.aim(weight)
             statistics = moments.statistics()
             quantized = method.quantize(aimed.cpu().numpy(), module, statistics, self._device)
         except UnsupportedError as error:
@@ -258,23 +271,23 @@ class _Run:
         quantized = load("methods", planned.method).quantize(weight.cpu().numpy(), module)
         return _tensor(module.dequantize(quantized), self._device)
 
-    def _path(self, name: str, layer: int, weights: Weights) -> _Path:
+    def _path(self, name: str, layer: int, weights: Weights) -> BlockPath:
         spec = self._plan.model
         before = self._states(f"hidden-{layer}-{name}", spec.hidden_size)
         after = self._new(f"hidden-{layer + 1}-{name}", spec.hidden_size)
         inner = self._new(f"hidden-inner-{name}", max(spec.heads * spec.head_dim, spec.intermediate_size))
-        return _Path(self._decoder, layer, weights, before, after, inner)
+        return BlockPath(self._decoders[name], layer, weights, before, after, inner)
 
-    def _states(self, name: str, width: int) -> _States:
-        return _States(self._folder / name, self._ids.shape[1], width)
+    def _states(self, name: str, width: int) -> States:
+        return States(self._folder / name, self._ids.shape[1], width)
 
-    def _new(self, name: str, width: int) -> _States:
+    def _new(self, name: str, width: int) -> States:
         """An empty file in the place of what an interrupted run left."""
         (self._folder / name).write_bytes(b"")
         return self._states(name, width)
 
 
-class _States:
+class States:
     """A float32 array (sequences, tokens, width) in a file that is read and written by batches of sequences.
 
     No memory map: its pages would count as this process's memory, and a full disk would kill it.
@@ -297,12 +310,21 @@ class _States:
             file.seek(4 * batch.start * self._shape[0] * self._shape[1])
             out.tofile(file)
 
+    def add(self, batch: slice, index: Tensor, values: Tensor) -> None:
+        """Add values (rows, width) to those of some tokens, which are numbered from the batch's first."""
+        tokens, width = self._shape
+        rows = self.read(batch).view(-1, width)[index] + values.cpu()
+        with self._path.open("r+b") as file:
+            for n, row in zip(index.tolist(), rows.numpy(), strict=True):
+                file.seek(4 * (batch.start * tokens + n) * width)
+                row.tofile(file)
 
-class _Path:
+
+class BlockPath:
     """A way of the calibration text through one block, linear by linear; states are kept by batch of sequences."""
 
     def __init__(
-        self, decoder: Decoder, layer: int, weights: Weights, before: _States, after: _States, inner: _States
+        self, decoder: Decoder, layer: int, weights: Weights, before: States, after: States, inner: States
     ) -> None:
         """The hidden states before the block, and files for those after it and for what the inner linears take."""
         self._decoder, self._layer, self._weights = decoder, layer, weights
@@ -349,43 +371,53 @@ class _Path:
     def _taken(self, role: str, batch: slice) -> Tensor:
         return self._read(self._inner, batch)[..., : self._weights[role].shape[1]]
 
-    def _read(self, states: _States, batch: slice) -> Tensor:
+    def _read(self, states: States, batch: slice) -> Tensor:
         return states.read(batch).to(self._decoder.device)
 
 
-class _Moments:
-    """Sums over the calibration text for one linear, float32; see the file's head for H and C."""
+class Moments:
+    """Sums over the calibration text for what linears read, float32; see the file's head for H and C."""
 
-    def __init__(self, weight: Tensor) -> None:
-        """For a weight (rows, columns)."""
-        self.weight = weight
+    def __init__(self, columns: int, device: torch.device) -> None:
+        """For linears with so many columns."""
         self.tokens = 0
-        columns = weight.shape[1]
-        self._h = weight.new_zeros(columns, columns)
-        self._c = weight.new_zeros(columns, columns)
-        self._absolute = weight.new_zeros(columns)
+        self._h = torch.zeros(columns, columns, device=device)
+        self._c = torch.zeros_like(self._h)
+        self._absolute = torch.zeros(columns, device=device)
+        self._turn: Tensor | None = None
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """The float model's inputs and the rounded model's, (sequences, tokens, columns)."""
-        x, y = x.flatten(0, 1), y.flatten(0, 1)
+        """The float model's inputs and the rounded model's, (..., columns)."""
+        x, y = x.flatten(0, -2), y.flatten(0, -2)
         self.tokens += len(x)
         self._h.addmm_(y.T, y)
         self._c.addmm_(x.T, y)
         self._absolute += y.abs().sum(0)
 
-    def aim(self) -> Tensor:
-        """The weight to round: it brings the output back to the float model's. Shape (rows, columns).
+    def aim(self, weight: Tensor) -> Tensor:
+        """The weight to round in the place of another: it brings the output back to the float model's.
+
+        Args:
+            weight: the linear's, shape (rows, columns).
 
         Raises:
             UnsupportedError: moments that are not finite, or inputs that are all 0.
         """
+        if len(weight) > len(self._h):  # float64 for a square matrix only, and once for linears that read the same
+            if self._turn is None:
+                self._turn = self._over_h(self._c - self._h)
+            return weight + weight @ self._turn
+        return weight + self._over_h(weight @ (self._c - self._h))
+
+    def _over_h(self, rows: Tensor) -> Tensor:
+        """Rows times the inverse of the damped H, computed in float64."""
         damped = self._h.double()
         damped.diagonal().add_(DAMPING * damped.diagonal().mean())
         factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if failed or not bool(torch.isfinite(factor.diagonal().sum())):
             raise UnsupportedError("its inputs on the calibration text are not finite, or all 0", "use another text")
-        lack = self.weight @ (self._c - self._h)
-        return self.weight + torch.cholesky_solve(lack.double().T, factor).T.float()
+        return torch.cholesky_solve(rows.double().T, factor).T.float()
 
     def statistics(self) -> Statistics:
         """Means over the tokens, of the rounded model's inputs."""
@@ -395,7 +427,8 @@ class _Moments:
 
     def error(self, aimed: Tensor, rounded: Tensor) -> float:
         """See LinearFigures."""
-        lost, whole = ((w @ self._h * w).sum() for w in (aimed - rounded, aimed))
+        rows = slice(None, None, -(-len(aimed) // _MEASURED_ROWS))
+        lost, whole = ((w @ self._h * w).sum() for w in (aimed[rows] - rounded[rows], aimed[rows]))
         return float(lost / whole)
 
 
@@ -403,9 +436,7 @@ def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(values).to(device)
 
 
-def _key(
-    checkpoint: Checkpoint | Rewritten, plan: QuantPlan, text: CalibrationText, device: str, keep_values: bool
-) -> str:
+def _key(checkpoint: Basis, plan: QuantPlan, text: CalibrationText, device: str, keep_values: bool) -> str:
     """Names a rounding by all that it depends on."""
     tensors = [(t.tensor.name, t.codec, t.method) for t in plan.tensors]
     basis = getattr(checkpoint, "basis", None)  # a checkpoint itself has none

@@ -19,7 +19,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from phi3edge import reference
 from phi3edge.cache import cache_dir
 from phi3edge.checkpoint import GENERATION_CONFIG, TOKENIZER_FILES, open_checkpoint
-from phi3edge.errors import OutputError, UsageError
+from phi3edge.errors import OutputError, UnsupportedError, UsageError
 from phi3edge.files import new_file
 from phi3edge.progress import Stages, silent
 from phi3edge.prompts import PROMPTS
@@ -116,6 +116,18 @@ def calibration_text(
         return CalibrationText(np.concatenate([first.ids, second.ids]), f"{first.name}; {second.name}")
     text = _hub_text(wanted) if wanted.startswith("hub:") else _file(wanted)
     return _cut(_encode(reference.load_tokenizer(checkpoint), text.text), sequences, tokens, text.name)
+
+
+def require_other_text(wanted: str | None) -> None:
+    """Raise for a text that a mixture of experts would write itself: each token would read all experts of all layers.
+
+    Raises:
+        UnsupportedError: `wanted`, as of `calibration_text`, is or holds such a text.
+    """
+    if wanted is None or SELF in wanted.split("+"):
+        raise UnsupportedError(
+            "a mixture of experts does not write its own text here", "--calibration python, or a FILE"
+        )
 
 
 def _own(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path, PureWindowsPath
+from statistics import median
 
 from phi3edge import _toml, folders, manifest
 from phi3edge.errors import ConfigError
@@ -196,7 +197,11 @@ def _calibration(said: JSON) -> str:
         f"{described['sequences'] * described['tokens']} tokens " if "sequences" in described else "the statistics "
     )
     hashed = f" (SHA-256 of its token ids: `{described['sha256']}`)" if described["sha256"] else ""
-    return f"## Calibration\n\nThe weights were rounded with {tokens + what}{hashed}."
+    experts = ""
+    if counts := sorted(n for layer in described.get("expert_tokens", []) for n in layer):
+        middle = f"{median(counts):.0f}"
+        experts = f" Each expert was chosen by {counts[0]} to {counts[-1]} of them, half by {middle} or fewer."
+    return f"## Calibration\n\nThe weights were rounded with {tokens + what}{hashed}.{experts}"
 
 
 def _notes(said: JSON, report: Report | None) -> str:

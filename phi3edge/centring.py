@@ -31,6 +31,9 @@ ROUTER_SHIFT = 11
 11: 1e-8); with more, choices between near scores go wrong in more sequences (11: 1, 14: 10), since llama.cpp compares
 probabilities, which then differ in the last bits of float32 only."""
 
+FACTORS = {"router": 2.0**-ROUTER_SHIFT, "ffn_down": 2.0}
+"""Role to what its weights are multiplied by: powers of two, which cost no bit."""
+
 
 class Centred:
     """A checkpoint's weights for llama.cpp, read as from the checkpoint itself."""
@@ -53,6 +56,11 @@ class Centred:
         """The checkpoint's folder."""
         return self._checkpoint.path
 
+    @property
+    def basis(self) -> str:
+        """Names all that the weights depend on besides the checkpoint."""
+        return f"centred-1-{ROUTER_SHIFT}"
+
     def codes(self, name: str, start: int, stop: int) -> Quantized:
         """Integers of the checkpoint: the family has none."""
         return self._checkpoint.codes(name, start, stop)
@@ -69,10 +77,8 @@ class Centred:
             rows -= rows.mean(1, dtype=np.float64, keepdims=True).astype(np.float32)
         elif name in self._means:  # they are the rows, of which only some are here
             rows -= self._means[name].get()
-        if role == "ffn_down":
-            rows *= 2
-        elif role == "router":
-            rows *= np.float32(2.0**-ROUTER_SHIFT)
+        if role in FACTORS:
+            rows *= np.float32(FACTORS[role])
         return rows
 
 

@@ -12,7 +12,7 @@ Source: the Phi-3 modeling code of Microsoft's checkpoints; transformers compute
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,11 +22,15 @@ from phi3edge.errors import UnsupportedError
 from phi3edge.types import ModelSpec
 
 if TYPE_CHECKING:
+    from phi3edge.centring import Centred
     from phi3edge.checkpoint import Checkpoint
     from phi3edge.rewrite import Rewritten
 
 LINEARS = ("attn_qkv", "attn_output", "ffn_gate_up", "ffn_down")
 """The linears of a block, in the order in which they compute."""
+
+Basis: TypeAlias = "Checkpoint | Rewritten | Centred"
+"""Where weights are read: as they are, or as other numbers that compute the same."""
 
 Weights = Mapping[str, Tensor]
 """Role to weight, float32, of one block."""
@@ -149,21 +153,17 @@ class Decoder:
         return h + self.apply("ffn_down", x, weights)
 
 
-def load_block(
-    checkpoint: Checkpoint | Rewritten, spec: ModelSpec, layer: int, device: str | torch.device = "cpu"
-) -> Weights:
-    """All weights of one decoder block, float32."""
-    return {t.role: _read(checkpoint, t.name, device) for t in spec.tensors if t.layer == layer}
+def load_block(checkpoint: Basis, spec: ModelSpec, layer: int, device: str | torch.device = "cpu") -> Weights:
+    """All weights of one decoder block, float32; without those of experts."""
+    return {t.role: _read(checkpoint, t.name, device) for t in spec.tensors if t.layer == layer and t.expert is None}
 
 
-def load_outer(
-    checkpoint: Checkpoint | Rewritten, spec: ModelSpec, role: str, device: str | torch.device = "cpu"
-) -> Tensor:
+def load_outer(checkpoint: Basis, spec: ModelSpec, role: str, device: str | torch.device = "cpu") -> Tensor:
     """A weight outside the blocks, float32: "embedding", "output_norm" or "head" (a tied one is the embedding)."""
     wanted = "embedding" if role == "head" and spec.tied else role
     [name] = [t.name for t in spec.tensors if t.role == wanted]
     return _read(checkpoint, name, device)
 
 
-def _read(checkpoint: Checkpoint | Rewritten, name: str, device: str | torch.device) -> Tensor:
+def _read(checkpoint: Basis, name: str, device: str | torch.device) -> Tensor:
     return torch.from_numpy(checkpoint.read(name)).to(device)

@@ -27,7 +27,7 @@ from torch.nn.functional import layer_norm, linear, silu
 from phi3edge import machine
 from phi3edge.checkpoint import Checkpoint, open_checkpoint
 from phi3edge.families import parse_config
-from phi3edge.forward import Decoder
+from phi3edge.forward import Decoder, Weights
 from phi3edge.types import Experts, ModelSpec
 
 Observe = Callable[[str, int | None, Tensor], None]
@@ -67,6 +67,21 @@ class MixtureDecoder(Decoder):
     def layer_norm(self, h: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
         """LayerNorm over the last axis."""
         return layer_norm(h, gain.shape, gain, bias, self.spec.norm_eps)
+
+    def normed(self, role: str, h: Tensor, weights: Weights) -> Tensor:
+        """Hidden states through a norm of a block, with its bias."""
+        return self.layer_norm(h, weights[role], weights[f"{role}_bias"])
+
+    def apply(self, role: str, x: Tensor, weights: Weights) -> Tensor:
+        """A linear of a block with its bias; "attn_qkv" are three, one after the other."""
+        if role == "attn_qkv":
+            return torch.cat([self.apply(part, x, weights) for part in ("attn_q", "attn_k", "attn_v")], -1)
+        return linear(x, weights[role], weights[f"{role}_bias"])
+
+    def route(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and indices of each token's experts; see `sparse_mixer`."""
+        assert self.spec.experts is not None
+        return sparse_mixer(scores, self.spec.experts)
 
 
 @dataclass(slots=True)
@@ -173,8 +188,7 @@ class Mixture:
 
     def _experts(self, x: Tensor, layer: int, observe: Observe) -> tuple[Tensor, Tensor]:
         """The mixture's output, shape (tokens, hidden), and weights; of an expert that nobody chose nothing is read."""
-        assert self.spec.experts is not None
-        weights, chosen = sparse_mixer(linear(x, self._get("router", layer)), self.spec.experts)
+        weights, chosen = self._decoder.route(linear(x, self._get("router", layer)))
         out = torch.zeros_like(x)
         for expert in chosen.unique().tolist():
             token, rank = torch.where(chosen == expert)

@@ -20,9 +20,7 @@ from phi3edge.types import QuantPlan, Statistics, TensorPlan
 if TYPE_CHECKING:
     import numpy as np
 
-    from phi3edge.centring import Centred
-    from phi3edge.checkpoint import Checkpoint
-    from phi3edge.rewrite import Rewritten
+    from phi3edge.forward import Basis
 
 CHUNK_WEIGHTS = 2**20
 """Weights of one chunk: 4 MiB as float32, which stays in a core's share of the cache."""
@@ -34,7 +32,7 @@ PackedTensor: TypeAlias = "tuple[TensorPlan, Iterator[np.ndarray]]"
 
 
 def quantize(
-    checkpoint: Checkpoint | Rewritten | Centred,
+    checkpoint: Basis,
     plan: QuantPlan,
     threads: int | None = None,
     rounded: Rows | None = None,
@@ -87,7 +85,7 @@ def _chunks(t: TensorPlan) -> list[tuple[int, int]]:
 
 
 def _pack_rows(
-    checkpoint: Checkpoint | Rewritten | Centred,
+    checkpoint: Basis,
     rounded: Rows | None,
     statistics: Mapping[str, Statistics],
     t: TensorPlan,

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from phi3edge.centring import Centred
 from phi3edge.errors import MissingExtraError, UnsupportedError, UsageError
 from phi3edge.methods import CALIBRATED, SCALED
 from phi3edge.progress import Stages
 from phi3edge.quantize import Rows
+from phi3edge.targets import Format
 from phi3edge.types import JSON, ModelSpec, QuantPlan, Statistics
 
 if TYPE_CHECKING:
+    from phi3edge.calibrate import Run
     from phi3edge.checkpoint import Checkpoint
-    from phi3edge.rewrite import Rewritten
+    from phi3edge.forward import Basis
 
 TOKENS = 512
 """Of a sequence of the calibration text; fewer for a model with less context."""
@@ -61,7 +64,7 @@ class Rounded:
         notes: for the user.
     """
 
-    source: Checkpoint | Rewritten
+    source: Basis
     rows: Rows | None
     statistics: Mapping[str, Statistics] | None
     ids: np.ndarray | None
@@ -105,11 +108,27 @@ def require_rounding(rounding: Rounding, calibrated: bool) -> None:
             raise UnsupportedError("--device cuda: torch finds no CUDA device", "use --device cpu")
 
 
-def basis_of(source: Checkpoint, plan: QuantPlan, kv_cache: str) -> Checkpoint | Rewritten:
+def require_mixture(rounding: Rounding) -> None:
+    """Raise for what calibrated rounding does not do with a mixture of experts.
+
+    Raises:
+        UnsupportedError: names it.
+    """
+    from phi3edge.calibration import require_other_text
+
+    require_other_text(rounding.calibration)
+    if rounding.device != "cpu":
+        raise UnsupportedError(f"--device {rounding.device} is not for a mixture of experts", "leave the option out")
+
+
+def basis_of(source: Checkpoint, plan: QuantPlan, kv_cache: str, format_: Format) -> Basis:
     """The weights in the basis in which a plan rounds them: the checkpoint's own, unless gptq alone rounds them.
 
-    A LayerNorm depends on more than its input's length: a model with those cannot be turned.
+    A LayerNorm depends on more than its input's length: a model with those cannot be turned, and llama.cpp, which has
+    none, needs other numbers.
     """
+    if plan.model.norm == "layer" and format_ == "gguf":
+        return Centred(source, plan.model)
     if not is_calibrated(plan) or any(t.method in ("imported", *SCALED) for t in plan.tensors):
         return source
     if plan.model.norm != "rms":
@@ -119,16 +138,19 @@ def basis_of(source: Checkpoint, plan: QuantPlan, kv_cache: str) -> Checkpoint |
     return Rewritten(source, plan.model, turn_values=kv_cache != "int8")  # whose scales were found on the values as is
 
 
-def round_weights(source: Checkpoint, plan: QuantPlan, rounding: Rounding, kv_cache: str, stages: Stages) -> Rounded:
+def round_weights(
+    source: Checkpoint, plan: QuantPlan, rounding: Rounding, kv_cache: str, format_: Format, stages: Stages
+) -> Rounded:
     """Round what is calibrated, and say where the rest is read.
 
     Raises:
         Phi3EdgeError: see phi3edge.calibrate, phi3edge.calibration.
     """
+    basis = basis_of(source, plan, kv_cache, format_)
     if rounding.statistics:
-        return _with_statistics(source, plan, rounding.statistics)
+        return _with_statistics(basis, plan, rounding.statistics)
     if not is_calibrated(plan):
-        return Rounded(source, None, None, None, {}, [])
+        return Rounded(basis, None, None, None, {}, [])
     from phi3edge.calibrate import round_model
     from phi3edge.calibration import calibration_text
 
@@ -136,9 +158,8 @@ def round_weights(source: Checkpoint, plan: QuantPlan, rounding: Rounding, kv_ca
     tokens = min(TOKENS, spec.context_length)
     sequences = rounding.sequences or default_sequences(spec)
     text = calibration_text(rounding.calibration, source.path, spec, sequences, tokens, device=device, stages=stages)
-    basis = basis_of(source, plan, kv_cache)
-    found = round_model(basis, plan, text, device, stages, keep_values=kv_cache == "int8")
-    described = {
+    found = round_model(basis, plan, text, device, stages, kv_cache == "int8", _run_class(spec))
+    described: JSON = {
         "text": text.name,
         "sha256": text.sha256,
         "sequences": len(text.ids),
@@ -147,12 +168,31 @@ def round_weights(source: Checkpoint, plan: QuantPlan, rounding: Rounding, kv_ca
         "linears": [asdict(row) for row in found.figures],
     }
     notes = [f"Calibrated on {text.ids.size} tokens of {text.name}."]
+    if found.expert_tokens:
+        described["expert_tokens"] = found.expert_tokens
+        notes += _few(spec, found.expert_tokens)
     if basis is not source or any(t.method in SCALED for t in plan.tensors):
         notes.append("Weights are in another basis than the checkpoint's: adapters made for it do not fit them.")
     return Rounded(basis, found.rows, None, text.ids, described, notes + ([text.note] if text.note else []))
 
 
-def _with_statistics(source: Checkpoint, plan: QuantPlan, path: Path) -> Rounded:
+def _run_class(spec: ModelSpec) -> type[Run] | None:
+    if spec.experts is None:
+        return None
+    from phi3edge.calibrate_mixture import MixtureRun
+
+    return MixtureRun
+
+
+def _few(spec: ModelSpec, expert_tokens: Sequence[Sequence[int]]) -> list[str]:
+    """What to tell of experts that few tokens chose; see phi3edge.calibrate_mixture."""
+    counts, columns = [count for layer in expert_tokens for count in layer], spec.intermediate_size
+    few = sum(count < columns for count in counts)
+    said = f"{few} of {len(counts)} experts were chosen by fewer than {columns:,} tokens"
+    return [f"{said}: they are calibrated on others of their layer too."] if few else []
+
+
+def _with_statistics(source: Basis, plan: QuantPlan, path: Path) -> Rounded:
     from phi3edge.statistics import load_statistics
 
     found = load_statistics(path, plan.model)

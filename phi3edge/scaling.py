@@ -64,13 +64,28 @@ def find_scales(
         decoder.block(h, weights, lambda role, x: sums[role].add(x) if role in sums else None, layer)
     found = {}
     for role in roles:
-        statistics, weight = sums.pop(role).statistics(), weights[role].cpu().numpy()
-        channel = channels(decoder.spec, role, weight.shape[1])
-        try:
-            found[role] = search(weight, codec(planned[role].codec), statistics, channel, str(decoder.device))
-        except UnsupportedError as error:
-            raise UnsupportedError(f"tensor {planned[role].tensor.name!r}: {error.message}", error.hint) from error
+        found[role] = find_scale(decoder.spec, planned[role], weights[role], sums.pop(role), role)
     return found
+
+
+def find_scale(spec: ModelSpec, planned: TensorPlan, weight: Tensor, sums: Accumulator, role: str) -> Scales:
+    """Search the scales of one linear, or of some rows of several that read the same.
+
+    Args:
+        spec: the model.
+        planned: how the linear, or the first of them, is rounded.
+        weight: shape (rows, columns).
+        sums: over what it reads, with moments.
+        role: the linear's; its columns read the channels that `channels` says.
+
+    Raises:
+        UnsupportedError: inputs that are not finite; names the tensor.
+    """
+    channel = channels(spec, role, weight.shape[1])
+    try:
+        return search(weight.cpu().numpy(), codec(planned.codec), sums.statistics(), channel, str(weight.device))
+    except UnsupportedError as error:
+        raise UnsupportedError(f"tensor {planned.tensor.name!r}: {error.message}", error.hint) from error
 
 
 def _may_scale(planned: Planned, role: str) -> bool:

@@ -19,7 +19,6 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,14 +29,10 @@ from phi3edge.cache import cache_dir
 from phi3edge.codecs import codec, is_float
 from phi3edge.errors import OutputError
 from phi3edge.files import write_text
-from phi3edge.forward import LINEARS, Decoder, Weights, load_block, load_outer
+from phi3edge.forward import LINEARS, Basis, Decoder, Weights, load_block, load_outer
 from phi3edge.progress import Stages, silent
 from phi3edge.reference import fingerprint
 from phi3edge.types import ModelSpec
-
-if TYPE_CHECKING:
-    from phi3edge.checkpoint import Checkpoint
-    from phi3edge.rewrite import Rewritten
 
 SAMPLED_ROWS = 128
 """Rows of a weight that each codec rounds."""
@@ -58,7 +53,7 @@ _LOGIT_TOKENS = 256  # computed at once: the widest array is of their logits
 
 
 def kept_losses(
-    checkpoint: Checkpoint | Rewritten,
+    checkpoint: Basis,
     spec: ModelSpec,
     ids: np.ndarray,
     codecs: Mapping[str, Sequence[str]],
@@ -92,7 +87,7 @@ def kept_losses(
 
 
 def predict_losses(
-    checkpoint: Checkpoint | Rewritten,
+    checkpoint: Basis,
     spec: ModelSpec,
     ids: np.ndarray,
     codecs: Mapping[str, Sequence[str]],
@@ -123,7 +118,7 @@ class _Run:
 
     def __init__(
         self,
-        checkpoint: Checkpoint | Rewritten,
+        checkpoint: Basis,
         spec: ModelSpec,
         ids: np.ndarray,
         codecs: Mapping[str, Sequence[str]],

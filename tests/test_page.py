@@ -164,6 +164,24 @@ def test_what_other_commands_found_is_shown(single):
     assert "goes on after the reference's answer" in parsed.text
 
 
+def test_the_tokens_of_each_expert_are_shown_and_a_role_is_one_line(tmp_path):
+    folder = _pages.write_folder(tmp_path / "a", _pages.report())
+    said = json.loads((folder / "phi3edge.json").read_text())
+    linears = [{**row, "name": f"{row['name']}.{n}"} for row in said["calibration"]["linears"] for n in range(3)]
+    said["calibration"] |= {"linears": linears, "expert_tokens": [[1700, 12], [300, 412]]}
+    (folder / "phi3edge.json").write_text(json.dumps(said))
+    parsed = Page(page.render(_pages.report(), {"a": folder}))
+    assert parsed.table("layer 0") == [
+        ["", "expert 0", "expert 1"],
+        ["layer 0", "1,700", "12"],
+        ["layer 1", "300", "412"],
+    ]
+    charts = [json.loads(script)["data"]["values"] for script in parsed.scripts[:-2]]
+    [errors] = [rows for rows in charts if rows and "error" in rows[0]]
+    assert len(errors) == 12
+    assert errors[0]["error"] == pytest.approx(1e-3)
+
+
 def test_without_other_commands_their_places_name_them(several):
     parsed = Page(several)
     assert "phi3edge bench" in parsed.text

@@ -1,13 +1,11 @@
 """Phi-3.5-MoE as GGUF: llama.cpp's `phimoe` computes another function, which the written weights make up for."""
 
-import json
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from _models import write_tokenizer, write_weights
 from _moe import (
     CONTEXT,
     EXPERTS,
@@ -17,12 +15,10 @@ from _moe import (
     MSCALE,
     ORIGINAL,
     PAIRS,
-    phimoe_config,
-    phimoe_tensors,
     write_phimoe,
 )
 
-from phi3edge import build
+from phi3edge import rounding
 from phi3edge.budget import Budget
 from phi3edge.build import export, prepare
 from phi3edge.centring import ROUTER_SHIFT, Centred
@@ -96,7 +92,7 @@ def test_without_such_tokens_it_is_the_model_on_the_side_it_is_opened_for(sharp:
 def test_the_weights_as_they_are_are_another_model(sharp: Path, tmp_path: Path, monkeypatch) -> None:
     """What a plain conversion gives; centring alone is not enough."""
     expected = log_probs(sharp, SEQUENCES)
-    monkeypatch.setattr(build, "Centred", lambda source, spec: source)
+    monkeypatch.setattr(rounding, "Centred", lambda source, spec: source)
     plain = kl(expected, gguf_log_probs(export_gguf(sharp, tmp_path / "plain").artifact, SEQUENCES)).mean()
     assert plain > 0.5
 
@@ -105,7 +101,7 @@ def test_the_weights_as_they_are_are_another_model(sharp: Path, tmp_path: Path, 
             rows = super().rows(name, start, stop)
             return rows * 2**ROUTER_SHIFT if "gate.weight" in name else rows / 2 if ".w2." in name else rows
 
-    monkeypatch.setattr(build, "Centred", NotRouted)
+    monkeypatch.setattr(rounding, "Centred", NotRouted)
     assert kl(expected, gguf_log_probs(export_gguf(sharp, tmp_path / "n").artifact, SEQUENCES)).mean() > 0.02
 
 
@@ -189,22 +185,7 @@ def test_a_report_says_how_many_tokens_stay_different(model: Path, tmp_path: Pat
 def test_memory_is_a_few_experts_whatever_there_are(tmp_path: Path) -> None:
     """48 matrices of experts, 2 MB each as float32, of which a few are in memory at once."""
     experts, width = 8, 2048
-    changes = {"num_local_experts": experts, "intermediate_size": width, "torch_dtype": "bfloat16"}
-    folder = tmp_path / "in"
-    folder.mkdir()
-    tensors = phimoe_tensors("bfloat16")
-    for name in list(tensors):
-        if ".experts." in name:
-            del tensors[name]
-    for layer in range(LAYERS):
-        block = f"model.layers.{layer}.block_sparse_moe"
-        tensors[f"{block}.gate.weight"] = torch.randn(experts, HIDDEN).bfloat16()
-        for expert in range(experts):
-            for name, shape in (("w1", (width, HIDDEN)), ("w2", (HIDDEN, width)), ("w3", (width, HIDDEN))):
-                tensors[f"{block}.experts.{expert}.{name}.weight"] = torch.randn(*shape).bfloat16() / 16
-    write_weights(folder, tensors)
-    (folder / "config.json").write_text(json.dumps(phimoe_config("bfloat16", **changes)))
-    write_tokenizer(folder, 320)
+    folder = write_phimoe(tmp_path / "in", "bfloat16", num_local_experts=experts, intermediate_size=width)
     export_gguf(folder, tmp_path / "warm", "q4_0", threads=1)  # compiles
     tracemalloc.start()
     export_gguf(folder, tmp_path / "out", "q4_0", threads=1)
@@ -214,13 +195,19 @@ def test_memory_is_a_few_experts_whatever_there_are(tmp_path: Path) -> None:
 
 
 def test_what_is_not_made_is_refused_before_any_work(model: Path) -> None:
-    for options in (
-        {"rounding": Rounding(method="gptq")},
-        {"rounding": Rounding(method="awq")},
-        {"budget": Budget(bytes=10**6)},
+    for options, reason in (
+        ({"budget": Budget(bytes=10**6)}, "byte budgets are not computed for a mixture of experts"),
+        ({"rounding": Rounding("gptq")}, "a mixture of experts does not write its own text"),
+        ({"rounding": Rounding("awq", "self+python")}, "a mixture of experts does not write its own text"),
     ):
-        with pytest.raises(UnsupportedError, match="not computed for a mixture of experts"):
+        with pytest.raises(UnsupportedError, match=reason):
             prepare(str(model), "cpu", format_="gguf", **options)
+
+
+def test_calibration_on_a_gpu_is_refused(model: Path, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(UnsupportedError, match="--device cuda is not for a mixture of experts"):
+        prepare(str(model), "cpu", format_="gguf", rounding=Rounding("gptq", "python", device="cuda"))
 
 
 def test_a_plan_says_what_stays_different_and_reads_two_experts_a_token(model: Path) -> None:

@@ -55,7 +55,7 @@ def quantize(
         costs = upper.diagonal()[block][in_place].pow(-2).cpu().numpy()
         fitted = codec.quantize(rest[block][in_place].T.contiguous().cpu().numpy(), costs)
         chosen, errors = _round_block(rest[block].clone(), fitted, within, upper[block, block])
-        rest[block.stop :] -= upper[block, block.stop :].T @ errors
+        rest[block.stop :].addmm_(upper[block, block.stop :].T, errors, alpha=-1)
         blocks.append(with_levels(fitted, chosen[in_place].T.cpu().numpy()))
     first_columns = order[:: codec.BLOCK_SIZE].div(codec.BLOCK_SIZE, rounding_mode="floor")
     return _side_by_side([blocks[i] for i in first_columns.argsort().tolist()])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import mean
 from typing import Any, TypeAlias
 
 from phi3edge.metrics import METRICS, show_value
@@ -243,11 +244,14 @@ def by_role(rows: Rows, title: str) -> JSON:
 
 
 def calibration_error(linears: Sequence[Linear]) -> JSON:
-    """The relative error of each calibrated linear's outputs, over layers, a line for each role."""
+    """The relative error of each calibrated linear's outputs, over layers, a line for each role; experts' mean."""
+    found: dict[tuple[int, str, str], list[float]] = {}
+    for one in linears:
+        if one.layer is not None and one.error:
+            found.setdefault((one.layer, one.role, one.codec), []).append(one.error)
     rows: Rows = [
-        {"layer": one.layer, "role": one.role, "error": one.error, "codec": one.codec}
-        for one in linears
-        if one.layer is not None and one.error
+        {"layer": layer, "role": role, "error": mean(errors), "codec": codec}
+        for (layer, role, codec), errors in found.items()
     ]
     return _chart(
         rows,

@@ -64,6 +64,7 @@ class Calibration(_Read):
     sequences: int | None = None
     tokens: int | None = None
     linears: list[Linear] = []
+    expert_tokens: list[list[int]] = []
 
 
 class NextCodec(_Read):

@@ -96,7 +96,8 @@ def layers(entries: Sequence[Entry]) -> Section | None:
                 tag("p", f"On {amount} of {entry.layers.text}, where the whole artifact's KL is {whole} nats."),
                 _layer_chart(number, entry.layers),
             ]
-        linears = entry.manifest.calibration.linears if entry.manifest and entry.manifest.calibration else []
+        calibration = entry.manifest and entry.manifest.calibration
+        linears = calibration.linears if calibration else []
         if any(one.error and one.layer is not None for one in linears):
             data = table(
                 "Relative error of the calibrated linears",
@@ -108,6 +109,11 @@ def layers(entries: Sequence[Entry]) -> Section | None:
             )
             caption = "Error of each linear's outputs on the calibration text, relative to the outputs themselves."
             own.append(figure(f"calibration-{number}", caption, charts.calibration_error(linears), data))
+        if calibration and (counts := calibration.expert_tokens):
+            experts = [f">expert {n}" for n in range(len(counts[0]))]
+            rows = [[f"layer {n}", *(f"{count:,}" for count in row)] for n, row in enumerate(counts)]
+            title = "Tokens of the calibration text that chose each expert"
+            own.append(details(title, table(title, ["", *experts], rows, hidden_caption=True)))
         if own:
             parts.append(per_artifact(entries, entry, *own))
     if not parts:
