@@ -74,8 +74,13 @@ class Decoder:
         return self.norm(h, weights[role])
 
     def apply(self, role: str, x: Tensor, weights: Weights) -> Tensor:
-        """A linear of a block."""
-        return linear(x, weights[role])
+        """A linear with its bias, if it has one: in the dtype of its weight, float32 in and out."""
+        weight, bias = weights[role], weights.get(f"{role}_bias")
+        return linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).float()
+
+    def logits(self, x: Tensor, outer: Weights) -> Tensor:
+        """What the head makes of x, shape (..., hidden), after the last norm; `outer` as `load_outside` gives it."""
+        return self.apply("head", x, outer)
 
     def norm(self, h: Tensor, gain: Tensor) -> Tensor:
         """RMSNorm over the last axis."""
@@ -93,12 +98,17 @@ class Decoder:
         """
         spec = self.spec
         sequences, tokens, _ = qkv.shape
-        parts = qkv.split([n * spec.head_dim for n in (spec.heads, spec.kv_heads, spec.kv_heads)], -1)
-        q, k, v = (part.view(sequences, tokens, -1, spec.head_dim).transpose(1, 2) for part in parts)
+        q, k, v = self.split(qkv)
         q, k = self.rotate(q), self.rotate(k)
         k, v = (x.repeat_interleave(spec.heads // spec.kv_heads, 1) for x in (k, v))
         mixed = scaled_dot_product_attention(q, k, v, **self._mask(tokens))
         return mixed.transpose(1, 2).reshape(sequences, tokens, -1)
+
+    def split(self, qkv: Tensor) -> list[Tensor]:
+        """Queries, keys and values, each of shape (sequences, heads, tokens, head size)."""
+        spec = self.spec
+        parts = qkv.split([n * spec.head_dim for n in (spec.heads, spec.kv_heads, spec.kv_heads)], -1)
+        return [part.view(*qkv.shape[:2], -1, spec.head_dim).transpose(1, 2) for part in parts]
 
     def rotate(self, x: Tensor, start: int = 0) -> Tensor:
         """Rotary embedding of the leading channels.
@@ -163,6 +173,15 @@ def load_outer(
     wanted = "embedding" if role == "head" and spec.tied else role
     [name] = [t.name for t in spec.tensors if t.role == wanted]
     return _read(checkpoint, name, device)
+
+
+def load_outside(
+    checkpoint: Checkpoint | Rewritten, spec: ModelSpec, device: str | torch.device = "cpu"
+) -> dict[str, Tensor]:
+    """What comes after the blocks, float32 by role: the last norm, the head, and their biases where they have some."""
+    roles = ("output_norm", "head", "output_norm_bias", "head_bias")
+    there = {t.role for t in spec.tensors} | {"head"}
+    return {role: load_outer(checkpoint, spec, role, device) for role in roles if role in there}
 
 
 def _read(checkpoint: Checkpoint | Rewritten, name: str, device: str | torch.device) -> Tensor:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from phi3edge.checkpoint import open_checkpoint
 from phi3edge.families import parse_config
@@ -71,9 +71,11 @@ class SmallDecoder(Decoder):
         """LayerNorm over the last axis."""
         return layer_norm(h, h.shape[-1:], weights[role], weights[f"{role}_bias"], self.spec.norm_eps)
 
-    def apply(self, role: str, x: Tensor, weights: Weights) -> Tensor:
-        """A linear with its bias."""
-        return linear(x, weights[role], weights[f"{role}_bias"])
+    def logits(self, x: Tensor, outer: Weights) -> Tensor:
+        """What the head makes of x, scaled; those of tokens that are never predicted are the least float."""
+        logits = super().logits(x, outer) * self.spec.logit_scale
+        logits[..., list(self.spec.masked_ids)] = torch.finfo(logits.dtype).min
+        return logits
 
     def gate(self, gate_up: Tensor) -> Tensor:
         """gegelu: from the interleaved gate and up to the input of ffn_down."""
@@ -81,6 +83,14 @@ class SmallDecoder(Decoder):
         if (limit := self.spec.activation_limit) is not None:
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+    def split(self, qkv: Tensor) -> list[Tensor]:
+        """Queries, keys and values by head, from rows that are interleaved by KV head."""
+        spec = self.spec
+        group = spec.heads // spec.kv_heads
+        parts = qkv.view(*qkv.shape[:2], spec.kv_heads, group + 2, spec.head_dim)
+        q, k, v = parts[..., :group, :].flatten(2, 3), parts[..., group, :], parts[..., group + 1, :]
+        return [part.transpose(1, 2) for part in (q, k, v)]
 
     def is_long(self, tokens: int) -> bool:
         """Whether a sequence is rotated by LongRoPE's long factors."""
@@ -93,14 +103,12 @@ class SmallDecoder(Decoder):
     def attend_with(self, qkv: Tensor, layer: int, past: KeysValues | None, is_long: bool) -> tuple[Tensor, KeysValues]:
         """Attention of tokens that come after others, and the keys and values of all of them."""
         spec = self.spec
-        sequences, tokens, _ = qkv.shape
+        tokens = qkv.shape[1]
         group, start = spec.heads // spec.kv_heads, past[0].shape[2] if past else 0
         cos, sin = rotation(spec.rope, is_long, start, start + tokens)
         angles = cos.to(qkv.device), sin.to(qkv.device)
-        parts = qkv.view(sequences, tokens, spec.kv_heads, group + 2, spec.head_dim)
-        q = turned(parts[..., :group, :].flatten(2, 3).transpose(1, 2), angles)
-        k = turned(parts[..., group, :].transpose(1, 2), angles)
-        v = parts[..., group + 1, :].transpose(1, 2)
+        q, k, v = self.split(qkv)
+        q, k = turned(q, angles), turned(k, angles)
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         keys, values = (x.repeat_interleave(group, 1) for x in (k, v))
@@ -142,11 +150,12 @@ class Phi3Small:
             max_position_embeddings=spec.context_length,
             original_max_position_embeddings=spec.original_context_length,
         )
-        self._spec, self._decoder = spec, SmallDecoder(spec)
+        self._decoder = SmallDecoder(spec)
         self._outer, *self._layers = (
             {t.role: weights[t.name] for t in spec.tensors if t.layer == layer} for layer in (None, *range(spec.layers))
         )
-        self._masked = torch.tensor(spec.masked_ids, dtype=torch.int64)
+        if spec.tied:
+            self._outer["head"] = self._outer["embedding"]
 
     def eval(self) -> Phi3Small:
         """The model itself: it has no dropout to switch off."""
@@ -167,7 +176,7 @@ class Phi3Small:
             use_cache: whether to give back a cache.
             logits_to_keep: so many of the last tokens, all for 0, or the places of those that are wanted.
         """
-        spec, decoder, new = self._spec, self._decoder, input_ids.shape[1]
+        decoder, new = self._decoder, input_ids.shape[1]
         cache = past_key_values or Cache(input_ids[:, :0])
         ids = torch.cat([cache.ids, input_ids], 1)
         is_long = decoder.is_long(ids.shape[1])
@@ -188,9 +197,7 @@ class Phi3Small:
             cache.ids, cache.is_long, cache.layers = ids, is_long, held
         h = h[:, -new:]
         h = h[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else h[:, logits_to_keep]
-        h = decoder.normed("output_norm", h, self._outer)
-        logits = linear(h, self._outer["embedding" if spec.tied else "head"]) * spec.logit_scale
-        logits[..., self._masked] = torch.finfo(logits.dtype).min
+        logits = decoder.logits(decoder.normed("output_norm", h, self._outer), self._outer)
         return Output(logits, cache if use_cache else None)
 
 

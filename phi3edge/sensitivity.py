@@ -30,7 +30,8 @@ from phi3edge.cache import cache_dir
 from phi3edge.codecs import codec, is_float
 from phi3edge.errors import OutputError
 from phi3edge.files import write_text
-from phi3edge.forward import LINEARS, Decoder, Weights, load_block, load_outer
+from phi3edge.forward import LINEARS, Weights, load_block, load_outer, load_outside
+from phi3edge.phi3small import decoder_of
 from phi3edge.progress import Stages, silent
 from phi3edge.reference import fingerprint
 from phi3edge.types import ModelSpec
@@ -133,17 +134,19 @@ class _Run:
     ) -> None:
         self._checkpoint, self._spec, self._ids, self._codecs, self._work = checkpoint, spec, ids, codecs, work
         self._weighted = weighted
-        self._decoder = Decoder(spec, device)
+        self._decoder = decoder_of(spec, device)
         self._device = self._decoder.device
         self._names = {(t.role, t.layer): t.name for t in spec.tensors}
 
     def losses(self, advance: Callable[[int], None]) -> dict[str, dict[str, float]]:
         found: dict[str, dict[str, float]] = {}
         with torch.no_grad():
-            self._write(0, load_outer(self._checkpoint, self._spec, "embedding")[self._ids])
+            embedded = self._decoder.embed(load_outer(self._checkpoint, self._spec, "embedding")[self._ids])
+            self._write(0, embedded)
             for layer in range(self._spec.layers):
                 weights = load_block(self._checkpoint, self._spec, layer, self._device)
-                self._write(layer + 1, torch.cat([self._decoder.block(h[None], weights) for h in self._read(layer)]))
+                hidden = [self._decoder.block(h[None], weights, layer=layer) for h in self._read(layer)]
+                self._write(layer + 1, torch.cat(hidden))
                 advance(1)
         gradient = self._head(found)
         advance(1)
@@ -155,28 +158,28 @@ class _Run:
 
     def _head(self, found: dict[str, dict[str, float]]) -> Tensor:
         """The head's losses, and the gradient of log p(y) by the last hidden states, (sequences, tokens, hidden)."""
-        gain = load_outer(self._checkpoint, self._spec, "output_norm", self._device)
-        weight = load_outer(self._checkpoint, self._spec, "head", self._device)
+        outer = load_outside(self._checkpoint, self._spec, self._device)
+        weight, scale = outer["head"], self._spec.logit_scale
         drawn = torch.Generator(self._device).manual_seed(0)
         role = "embedding" if self._spec.tied else "head"
         energy = torch.zeros(len(weight), device=self._device)
         inputs, gradients = [], []
         for h in self._read(self._spec.layers).flatten(0, 1).split(_LOGIT_TOKENS):
             h = h.detach().requires_grad_()
-            x = self._decoder.norm(h, gain)
-            logits = linear(x.detach(), weight)
-            p = logits.softmax(-1)
-            energy += (p * (1 - p)).sum(0)
+            x = self._decoder.normed("output_norm", h, outer)
+            p = self._decoder.logits(x.detach(), outer).softmax(-1)
+            energy += (p * (1 - p)).sum(0) * scale**2
             y = p.multinomial(1, generator=drawn)
             by_logits = -p.scatter_add(1, y, -torch.ones_like(y, dtype=p.dtype))
-            x.backward(by_logits @ weight)
+            x.backward(by_logits @ weight * scale)
             inputs.append(x.detach())
             gradients.append(h.grad)
         x = torch.cat(inputs)
 
         def lost(rows: Tensor, d: Tensor) -> Tensor:  # E g^2 of a logit is known exactly, and it has one token
-            p = torch.cat([linear(part, weight).softmax(-1)[:, rows] for part in x.split(_LOGIT_TOKENS)])
-            return (p * (1 - p) * d.square()).sum(0)
+            parts = [self._decoder.logits(part, outer).softmax(-1)[:, rows] for part in x.split(_LOGIT_TOKENS)]
+            p = torch.cat(parts)
+            return (p * (1 - p) * (scale * d).square()).sum(0)
 
         self._measure(self._names[role, None], weight, x, energy, lost, found)
         return torch.cat(gradients).view(*self._ids.shape, -1)
@@ -190,7 +193,7 @@ class _Run:
         for h, after in zip(self._read(layer), gradient, strict=True):
             h = h[None].detach().requires_grad_()
             seen: dict[str, tuple[Tensor, Tensor]] = {}
-            self._traced(h, weights, seen).backward(after[None])
+            self._traced(h, weights, seen, layer).backward(after[None])
             for role, (x, y) in seen.items():
                 inputs[role].append(x.detach()[0])
                 outputs[role].append(y.grad[0])
@@ -205,19 +208,19 @@ class _Run:
             self._measure(self._names[role, layer], weights[role], x, energy, lost, found)
         return torch.cat(before)
 
-    def _traced(self, h: Tensor, weights: Weights, seen: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+    def _traced(self, h: Tensor, weights: Weights, seen: dict[str, tuple[Tensor, Tensor]], layer: int) -> Tensor:
         """Decoder.block, with each linear's input and output kept; the outputs get gradients."""
 
         def apply(role: str, x: Tensor) -> Tensor:
-            y = linear(x, weights[role])
+            y = self._decoder.apply(role, x, weights)
             y.retain_grad()
             seen[role] = x, y
             return y
 
         decoder = self._decoder
-        x = decoder.attend(apply("attn_qkv", decoder.norm(h, weights["attn_norm"])))
+        x = decoder.attend(apply("attn_qkv", decoder.normed("attn_norm", h, weights)), layer)
         h = h + apply("attn_output", x)
-        x = decoder.gate(apply("ffn_gate_up", decoder.norm(h, weights["ffn_norm"])))
+        x = decoder.gate(apply("ffn_gate_up", decoder.normed("ffn_norm", h, weights)))
         return h + apply("ffn_down", x)
 
     def _embedding(self, gradient: Tensor, found: dict[str, dict[str, float]]) -> None:
@@ -228,6 +231,7 @@ class _Run:
         kinds, places = torch.from_numpy((sequences + self._ids).reshape(-1)).unique(return_inverse=True)
         g = torch.zeros(len(kinds), self._spec.hidden_size)
         g.index_add_(0, places, gradient.flatten(0, 1).cpu())  # of a token in a sequence, wherever it comes
+        g *= self._spec.embedding_scale
         tokens, places = (kinds % self._spec.vocab_size).unique(return_inverse=True)
         rows = table[tokens].numpy()
         for tried in self._codecs.get(name, ()):
