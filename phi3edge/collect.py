@@ -97,7 +97,7 @@ def calibrate(
             on there.
     """
     require_device(device)
-    from phi3edge.calibration import calibration_text
+    from phi3edge.calibration import calibration_text, require_writer
 
     with reporting(stages) as told:
         source = resolve(name, told)
@@ -106,8 +106,9 @@ def calibrate(
         source.check(spec)
         if any(t.grid for t in spec.tensors):
             raise UnsupportedError(f"{source.name} is quantized already: its linears are not rounded again")
+        require_writer(spec, calibration)
         if spec.experts:
-            _require_plain(calibration, moments, device)
+            _require_plain(moments, device)
         folder = (out or Path("dist") / f"{spec.name.lower()}-statistics").resolve()
         _require_free(folder, force)
         text = calibration_text(calibration, source.path, spec, sequences, tokens, device=device, stages=stages)
@@ -143,16 +144,12 @@ def require_device(device: str) -> None:
         raise UsageError("--device cuda: torch sees no GPU", "--device cpu, or a torch that is built for this GPU")
 
 
-def _require_plain(calibration: str | None, moments: bool, device: str) -> None:
+def _require_plain(moments: bool, device: str) -> None:
     """Raise for what is not done with a mixture of experts.
 
     Raises:
         UnsupportedError: names it.
     """
-    if calibration is None or "self" in calibration.split("+"):
-        raise UnsupportedError(
-            "a mixture of experts does not write its own text here", "--calibration python, or a FILE"
-        )
     if moments or device != "cpu":
         what = "second moments are" if moments else f"--device {device} is"
         raise UnsupportedError(f"{what} not for a mixture of experts", "leave the option out")

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from phi3edge.errors import UnsupportedError
+from phi3edge.rotation import rotation
 from phi3edge.types import ModelSpec
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Decoder:
     NORM = "rms"
 
     def __init__(self, spec: ModelSpec, device: str | torch.device = "cpu") -> None:
-        """Rotary frequencies.
+        """Nothing is computed yet.
 
         Args:
             spec: the model.
@@ -57,13 +58,7 @@ class Decoder:
             )
         self.spec = spec
         self.device = torch.device(device)
-        rope = spec.rope
-        exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
-        factors = {False: rope.short_factors, True: rope.long_factors}
-        self._frequencies = {
-            long: 1 / (rope.theta**exponents * (torch.tensor(f) if f else 1)) for long, f in factors.items()
-        }
-        self._tables: tuple[tuple[bool, int, int], Tensor, Tensor] | None = None
+        self._tables: tuple[tuple[int, int], Tensor, Tensor] | None = None
 
     def embed(self, rows: Tensor) -> Tensor:
         """Hidden states before the first block, from rows of the embedding."""
@@ -110,6 +105,10 @@ class Decoder:
         parts = qkv.split([n * spec.head_dim for n in (spec.heads, spec.kv_heads, spec.kv_heads)], -1)
         return [part.view(*qkv.shape[:2], -1, spec.head_dim).transpose(1, 2) for part in parts]
 
+    def is_long(self, tokens: int) -> bool:
+        """Whether a sequence is rotated by LongRoPE's long factors."""
+        return self.spec.rope.by_length and tokens > self.spec.original_context_length
+
     def rotate(self, x: Tensor, start: int = 0) -> Tensor:
         """Rotary embedding of the leading channels.
 
@@ -127,13 +126,10 @@ class Decoder:
 
     def _angles(self, start: int, tokens: int) -> tuple[Tensor, Tensor]:
         """Scaled cosines and sines of some positions, shape (tokens, rotated channels); the last ones are kept."""
-        long = self.spec.rope.by_length and start + tokens > self.spec.original_context_length
-        key = (long, start, tokens)
+        key = (start, tokens)
         if self._tables is None or self._tables[0] != key:
-            positions = torch.arange(start, start + tokens, dtype=torch.float32)
-            angles = torch.outer(positions, self._frequencies[long]).repeat(1, 2)
-            scale = self.spec.rope.attention_factor
-            self._tables = (key, (angles.cos() * scale).to(self.device), (angles.sin() * scale).to(self.device))
+            cos, sin = rotation(self.spec.rope, self.is_long(start + tokens), start, start + tokens)
+            self._tables = (key, cos.to(self.device), sin.to(self.device))
         return self._tables[1], self._tables[2]
 
     def _mask(self, tokens: int) -> dict[str, bool | Tensor]:

@@ -20,7 +20,6 @@ from torch.nn.functional import layer_norm, scaled_dot_product_attention
 from phi3edge.checkpoint import open_checkpoint
 from phi3edge.families import parse_config
 from phi3edge.forward import Decoder, Weights
-from phi3edge.rotation import rotation
 from phi3edge.types import BlockSparse, ModelSpec
 
 QUERIES = 256
@@ -92,27 +91,22 @@ class SmallDecoder(Decoder):
         q, k, v = parts[..., :group, :].flatten(2, 3), parts[..., group, :], parts[..., group + 1, :]
         return [part.transpose(1, 2) for part in (q, k, v)]
 
-    def is_long(self, tokens: int) -> bool:
-        """Whether a sequence is rotated by LongRoPE's long factors."""
-        return self.spec.rope.by_length and tokens > self.spec.original_context_length
-
     def attend(self, qkv: Tensor, layer: int = 0) -> Tensor:
         """Attention of whole sequences; rows of `qkv` are interleaved by KV head."""
-        return self.attend_with(qkv, layer, None, self.is_long(qkv.shape[1]))[0]
+        return self.attend_with(qkv, layer, None)[0]
 
-    def attend_with(self, qkv: Tensor, layer: int, past: KeysValues | None, is_long: bool) -> tuple[Tensor, KeysValues]:
+    def attend_with(self, qkv: Tensor, layer: int, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
         """Attention of tokens that come after others, and the keys and values of all of them."""
         spec = self.spec
         tokens = qkv.shape[1]
         group, start = spec.heads // spec.kv_heads, past[0].shape[2] if past else 0
-        cos, sin = rotation(spec.rope, is_long, start, start + tokens)
-        angles = cos.to(qkv.device), sin.to(qkv.device)
         q, k, v = self.split(qkv)
-        q, k = turned(q, angles), turned(k, angles)
+        q, k = self.rotate(q, start), self.rotate(k, start)
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         keys, values = (x.repeat_interleave(group, 1) for x in (k, v))
-        sparse = spec.block_sparse if spec.block_sparse and spec.block_sparse.is_sparse(layer) else None
+        sparse = sparse_in(spec, layer)
+        positions = torch.arange(start + tokens, device=q.device)
         mixed = torch.empty_like(q)
         for first in range(0, tokens, QUERIES):
             last = min(first + QUERIES, tokens)
@@ -120,7 +114,9 @@ class SmallDecoder(Decoder):
                 q[:, :, first:last],
                 keys[:, :, : start + last],
                 values[:, :, : start + last],
-                attn_mask=visible(sparse, spec.heads, start + first, start + last).to(q.device),
+                attn_mask=visible(
+                    sparse, spec.heads, positions[start + first : start + last], positions[: start + last]
+                ),
                 scale=spec.attention_scale,
             )
         return mixed.transpose(1, 2).flatten(2), (k, v)
@@ -187,7 +183,7 @@ class Phi3Small:
         for layer, weights in enumerate(self._layers):
             past = seen[layer] if seen else None
             qkv = decoder.apply("attn_qkv", decoder.normed("attn_norm", h, weights), weights)
-            mixed, kept = decoder.attend_with(qkv, layer, past, is_long)
+            mixed, kept = decoder.attend_with(qkv, layer, past)
             h = h + decoder.apply("attn_output", mixed, weights)
             gate_up = decoder.apply("ffn_gate_up", decoder.normed("ffn_norm", h, weights), weights)
             h = h + decoder.apply("ffn_down", decoder.gate(gate_up), weights)
@@ -201,22 +197,31 @@ class Phi3Small:
         return Output(logits, cache if use_cache else None)
 
 
-def visible(sparse: BlockSparse | None, heads: int, start: int, stop: int) -> Tensor:
-    """Which keys the queries at positions start to stop see: bool (heads, or 1 for all; queries; keys up to stop)."""
-    queries, keys = torch.arange(start, stop)[:, None], torch.arange(stop)
+def sparse_in(spec: ModelSpec, layer: int) -> BlockSparse | None:
+    """The pattern of a layer, or None where it sees everything."""
+    return spec.block_sparse if spec.block_sparse and spec.block_sparse.is_sparse(layer) else None
+
+
+def visible(sparse: BlockSparse | None, heads: int, queries: Tensor, keys: Tensor) -> Tensor:
+    """Which keys queries see, by their positions in a sequence.
+
+    Args:
+        sparse: the pattern, or None for all keys up to a query.
+        heads: of queries.
+        queries: positions, int64 (..., queries).
+        keys: likewise, (..., keys).
+
+    Returns:
+        bool (..., heads, or 1 for all; queries; keys).
+    """
+    queries, keys = queries[..., None, :, None], keys[..., None, None, :]
     causal = keys <= queries
     if sparse is None:
-        return causal[None]
+        return causal
     blocks = keys // sparse.block
     near = queries // sparse.block - blocks < sparse.local
-    shifts = torch.arange(heads)[:, None, None] * sparse.shift
+    shifts = torch.arange(heads, device=keys.device)[:, None, None] * sparse.shift
     return causal & (near | ((blocks + shifts + 1) % sparse.stride == 0))
-
-
-def turned(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of all channels of x, (sequences, heads, tokens, head size): the first half with the second."""
-    first, second = x.chunk(2, -1)
-    return x * angles[0] + torch.cat([-second, first], -1) * angles[1]
 
 
 def load_phi3small(folder: Path) -> Phi3Small:
