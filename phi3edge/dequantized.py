@@ -1,13 +1,14 @@
 """An artifact's own weights as floats, under the names and in the shapes of the checkpoint it was made from.
 
 What a runtime computes with is read back from the file, and nothing is rounded again. GGUF files of llama.cpp's
-architecture phi3 and folders whose graph onnxruntime-genai's builder made are understood, whoever wrote them.
+architecture phi3 and folders whose graph onnxruntime-genai's builder made are understood, whoever wrote them; of
+Phi-3-small, which the builder does not know, our own folders.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from phi3edge import registry
 from phi3edge.artifact import Artifact
-from phi3edge.emitters._genai_graph import WEIGHTS
+from phi3edge.emitters import _genai_graph, _small_graph
 from phi3edge.errors import CheckpointError, MissingExtraError, UnsupportedError
 from phi3edge.genai_folder import read_folder
 from phi3edge.gguf_file import GGUFTensor, ggml_types, read_header
@@ -63,7 +64,8 @@ class Dequantized:
             MissingExtraError: onnx-ir is not installed.
         """
         wanted = [*spec.tensors, *([_tied_head(spec)] if spec.tied else [])]
-        found = _onnx(artifact.file, wanted) if artifact.is_onnx else _gguf(artifact.file, wanted)
+        names = _small_graph.WEIGHTS if spec.family == "phi3small" else _genai_graph.WEIGHTS
+        found = _onnx(artifact.file, wanted, names) if artifact.is_onnx else _gguf(artifact.file, wanted)
         embedding = next(t.name for t in spec.tensors if t.role == "embedding")
         if spec.tied and HEAD not in found:
             found[HEAD] = found[embedding]
@@ -130,8 +132,8 @@ def _codecs() -> dict[int, Any]:
     return {m.GGML_TYPE: m for m in modules if "gguf" in m.FORMATS}
 
 
-def _onnx(path: Path, wanted: list[TensorSpec]) -> dict[str, Stored]:
-    """The wanted tensors of a graph of onnxruntime-genai's builder; parts of fused ones are put together."""
+def _onnx(path: Path, wanted: list[TensorSpec], patterns: Mapping[str, str]) -> dict[str, Stored]:
+    """The wanted tensors of a graph, by patterns of their names in it; parts of fused ones are put together."""
     try:
         import onnx_ir as ir
     except ImportError:
@@ -141,7 +143,7 @@ def _onnx(path: Path, wanted: list[TensorSpec]) -> dict[str, Stored]:
     parts: dict[tuple[str, int | None], dict[str, Stored]] = {}
     for node in model.graph:
         for place, value in enumerate(node.inputs):
-            if value is not None and (match := _weight(value)) is not None:
+            if value is not None and (match := _weight(value, patterns)) is not None:
                 role, layer, part = match
                 parts.setdefault((role, layer), {}).setdefault(part, _onnx_stored(node, place, path))
     found = {}
@@ -158,13 +160,13 @@ def _onnx(path: Path, wanted: list[TensorSpec]) -> dict[str, Stored]:
     return found
 
 
-def _weight(value: ir.Value) -> tuple[str, int | None, str] | None:
+def _weight(value: ir.Value, patterns: Mapping[str, str]) -> tuple[str, int | None, str] | None:
     """Role, layer and part of the weight that a value is, before or after a Cast or Transpose; None for others."""
     origin = value.producer()
     if value.const_value is None and (origin is None or origin.op_type not in ("Cast", "Transpose")):
         return None
     name = value.name if origin is None else _initializer(value).name
-    for role, pattern in WEIGHTS.items():
+    for role, pattern in patterns.items():
         if match := re.fullmatch(rf"{pattern}(?:_[qQ]\w*)?", name or ""):
             said = match.groupdict()
             layer = int(said["layer"]) if said.get("layer") else None

@@ -53,7 +53,7 @@ class Decoder:
         """
         if spec.norm != self.NORM:
             raise UnsupportedError(
-                f"byte budgets, figures by layer and texts of its own are not computed for family {spec.family}",
+                f"figures by layer and texts of its own are not computed for family {spec.family}",
                 "calibrate on --calibration python or a file",
             )
         self.spec = spec

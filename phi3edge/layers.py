@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from phi3edge import folders
 from phi3edge.artifact import Artifact
@@ -33,7 +32,8 @@ from phi3edge.codecs import holds, row_bytes
 from phi3edge.dequantized import HEAD, Dequantized
 from phi3edge.errors import UnsupportedError
 from phi3edge.files import write_text
-from phi3edge.forward import LINEARS, Decoder, Weights
+from phi3edge.forward import LINEARS, Weights
+from phi3edge.phi3small import decoder_of
 from phi3edge.progress import Stages, silent
 from phi3edge.recipes import load_recipe
 from phi3edge.reference import load_tokenizer
@@ -73,7 +73,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What is exchanged: a block with its norms, or every tensor of a role; the head with the norm before it."""
+    """What is exchanged: a block with its norms, or every tensor of a role; the head with the norm before it.
+
+    Biases go with what they belong to.
+    """
 
     layer: int | None
     role: str | None
@@ -92,7 +95,8 @@ class Unit:
         """Whether a tensor belongs to it."""
         if self.role is None:
             return layer == self.layer
-        return role == self.role or (self.role == HEAD and role == "output_norm")
+        plain = role.removesuffix("_bias")
+        return plain == self.role or (self.role == HEAD and plain == "output_norm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,11 +258,12 @@ def find_basis(ours: Dequantized, checkpoint: Checkpoint, spec: ModelSpec, by: B
     Raises:
         UnsupportedError: no basis that is known.
     """
-    candidates: list[tuple[Source, str]] = [
-        (checkpoint, "the checkpoint's own"),
-        (Rewritten(checkpoint, spec), "rotated"),
-        (Rewritten(checkpoint, spec, turn_values=False), "rotated, values as they were"),
-    ]
+    candidates: list[tuple[Source, str]] = [(checkpoint, "the checkpoint's own")]
+    if spec.norm == "rms":  # others cannot be turned
+        candidates += [
+            (Rewritten(checkpoint, spec), "rotated"),
+            (Rewritten(checkpoint, spec, turn_values=False), "rotated, values as they were"),
+        ]
     known = [_known_roles(ours, source, spec) for source, _ in candidates]
     for (source, said), roles in zip(candidates, known, strict=True):
         if all(roles.values()):
@@ -323,7 +328,7 @@ class _Compared:
     ) -> None:
         self._sources = {"without": ours, "only": reference}
         self._spec, self._units, self._on_estimate = spec, units, on_estimate
-        self._decoder = Decoder(spec)
+        self._decoder = decoder_of(spec)
         self._inner = [unit for unit in units if unit.role != HEAD]
         # models with the later blocks first: they begin with the states of one that goes on itself
         self._models: list[Model] = [(base, unit) for base in ("without", "only") for unit in [*self._inner, None]]
@@ -335,7 +340,8 @@ class _Compared:
         started, done = time.perf_counter(), 0
         for base, unit in self._models:
             if unit is None or unit.role == "embedding":
-                self._write(work, (base, unit), self._outer("embedding", base, unit)[torch.from_numpy(ids)])
+                rows = self._outer("embedding", base, unit)[torch.from_numpy(ids)]
+                self._write(work, (base, unit), self._decoder.embed(rows))
         for layer in range(self._spec.layers):
             blocks = {base: self._block(source, layer) for base, source in self._sources.items()}
             for base, unit in self._models:
@@ -344,7 +350,8 @@ class _Compared:
                 begins = unit is not None and unit.role != "embedding" and layer == unit.first
                 h = self._read(work, (base, None if begins else unit))
                 weights = _exchanged(blocks, base, unit, layer)
-                self._write(work, (base, unit), torch.cat([self._decoder.block(x[None], weights) for x in h]))
+                hidden = [self._decoder.block(x[None], weights, layer=layer) for x in h]
+                self._write(work, (base, unit), torch.cat(hidden))
                 advance(1)
                 done += 1
             if not self._estimated:
@@ -357,23 +364,24 @@ class _Compared:
         tails = [(base, unit) for base in ("without", "only") for unit in self._units if unit.role == HEAD]
         states = {m: self._read(work, m)[:, first:-1].flatten(0, 1) for m in self._models}
         states |= {(base, unit): states[base, None] for base, unit in tails}
-        heads = {m: (self._outer("output_norm", *m), self._outer(HEAD, *m)) for m in [_WHOLE, _REFERENCE]}
+        roles = {t.role for t in self._spec.tensors if t.layer is None} - {"embedding"} | {HEAD}
+        heads = {m: {role: self._outer(role, *m) for role in roles} for m in [_WHOLE, _REFERENCE]}
         found: dict[Model, list[Tensor]] = {m: [] for m in states if m != _REFERENCE}
         for start in range(0, len(states[_WHOLE]), _LOGIT_TOKENS):
             rows = slice(start, start + _LOGIT_TOKENS)
-            p = self._log_probs(states[_REFERENCE][rows], *heads[_REFERENCE])
+            p = self._log_probs(states[_REFERENCE][rows], heads[_REFERENCE])
             for model in found:
                 base, unit = model
                 swapped = unit is not None and (
                     unit.has(HEAD, None) or (self._spec.tied and unit.has("embedding", None))
                 )
                 head = heads[_other(base) if swapped else base, None]
-                q = self._log_probs(states[model][rows], *head)
+                q = self._log_probs(states[model][rows], head)
                 found[model].append((p.exp() * (p - q)).sum(-1, dtype=torch.float64))
         return {model: torch.cat(parts).numpy() for model, parts in found.items()}
 
-    def _log_probs(self, h: Tensor, gain: Tensor, head: Tensor) -> Tensor:
-        return linear(self._decoder.norm(h, gain), head).log_softmax(-1)
+    def _log_probs(self, h: Tensor, outer: Weights) -> Tensor:
+        return self._decoder.logits(self._decoder.normed("output_norm", h, outer), outer).log_softmax(-1)
 
     def _outer(self, role: str, base: str, unit: Unit | None) -> Tensor:
         """A weight outside the blocks, of the side that a model takes it from."""
