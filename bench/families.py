@@ -177,7 +177,8 @@ lengths where each model's function changes; {machine}. Tests hold the same, mos
 
 {notes}
 
-Byte budgets (`--budget`) work for all models but 3.5-MoE. Phi-3-vision is refused by name.
+Byte budgets (`--budget`) work for all models, for 3.5-MoE with `--calibration python` or a file.
+Phi-3-vision is refused by name.
 
 ## Position against KL
 

@@ -136,11 +136,13 @@ def prepare_spec(
         )
     mix = with_method(mix, rounding.method)
     budget = find_budget(recipe_name, mix, budget)
-    if spec.experts and (budget or is_calibrated(make_plan(spec, recipe_name, mix))):
+    if spec.experts and is_calibrated(make_plan(spec, recipe_name, mix)):
         raise UnsupportedError(
-            f"{spec.name}: calibrated rounding and byte budgets are not computed for a mixture of experts",
+            f"{spec.name}: calibrated rounding is not computed for a mixture of experts",
             "use --method rtn, with --statistics of phi3edge calibrate",
         )
+    if budget and spec.experts:
+        _require_budget_text(spec, rounding)
     if budget:
         require_room(budget, spec, recipe_name, mix, device, chosen)
     tokens = choose_context(spec, device, chosen, context)
@@ -149,6 +151,19 @@ def prepare_spec(
     require_rounding(rounding, is_calibrated(plan))
     fit, notes = estimate_fit(plan, device, chosen, tokens), warnings(plan, device, chosen, tokens)
     return Prepared(plan, mix, target_name, device, chosen, fit, notes, budget)
+
+
+def _require_budget_text(spec: ModelSpec, rounding: Rounding) -> None:
+    """Raise unless a budget for a mixture of experts can be filled from the text, on the device.
+
+    Raises:
+        UnsupportedError: says what to give instead.
+    """
+    from phi3edge.calibration import require_writer
+
+    require_writer(spec, rounding.calibration)
+    if rounding.device != "cpu":
+        raise UnsupportedError(f"--device {rounding.device} is not for a mixture of experts", "leave the option out")
 
 
 def fill_budget(
@@ -185,7 +200,7 @@ def fill_budget(
 
     plan, said = plan_within(
         ready.budget,
-        basis_of(source, ready.plan, ready.runtime.kv_cache),
+        Centred(source, spec) if _is_centred(ready) else basis_of(source, ready.plan, ready.runtime.kv_cache),
         spec,
         ready.plan.recipe,
         ready.recipe,
@@ -199,6 +214,11 @@ def fill_budget(
     )
     fit = estimate_fit(plan, ready.target, ready.format, context)
     return replace(ready, plan=plan, fit=fit, notes=[*warnings(plan, ready.target, ready.format, context), said])
+
+
+def _is_centred(ready: Prepared) -> bool:
+    """Whether a model's weights are written as llama.cpp needs them; see phi3edge.centring."""
+    return ready.format == "gguf" and ready.plan.model.norm == "layer"
 
 
 def export(
@@ -264,8 +284,7 @@ def export(
         job = Job(ready.plan, ready.recipe, source, ready.runtime, ready.fit.context, name_, limit, scales)
         emitter = open_emitter(ready.format, job)
         rounded = round_weights(source, ready.plan, rounding, ready.runtime.kv_cache, stages)
-        centred = ready.format == "gguf" and spec.norm == "layer"
-        weights = Centred(source, spec) if centred else rounded.source
+        weights = Centred(source, spec) if _is_centred(ready) else rounded.source
         with new_folder(folder, lambda: folders.require_free(folder, force)) as partial:
             with (
                 stages("quantize", ready.plan.weight_bytes) as advance,

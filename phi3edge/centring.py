@@ -53,6 +53,11 @@ class Centred:
         """The checkpoint's folder."""
         return self._checkpoint.path
 
+    @property
+    def basis(self) -> str:
+        """Names all that the weights depend on besides the checkpoint."""
+        return f"centred-{ROUTER_SHIFT}"
+
     def codes(self, name: str, start: int, stop: int) -> Quantized:
         """Integers of the checkpoint: the family has none."""
         return self._checkpoint.codes(name, start, stop)

@@ -12,8 +12,9 @@ Source: the Phi-3 modeling code of Microsoft's checkpoints; transformers compute
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
@@ -22,15 +23,19 @@ from phi3edge.errors import UnsupportedError
 from phi3edge.rotation import rotation
 from phi3edge.types import ModelSpec
 
-if TYPE_CHECKING:
-    from phi3edge.checkpoint import Checkpoint
-    from phi3edge.rewrite import Rewritten
-
 LINEARS = ("attn_qkv", "attn_output", "ffn_gate_up", "ffn_down")
 """The linears of a block, in the order in which they compute."""
 
 Weights = Mapping[str, Tensor]
 """Role to weight, float32, of one block."""
+
+
+class Source(Protocol):
+    """Weights by their names in the checkpoint, float32."""
+
+    def read(self, name: str) -> np.ndarray:
+        """A whole tensor, in its own shape."""
+
 
 Observe = Callable[[str, Tensor], None]
 """observe(role, x) sees the input of each linear, shape (sequences, tokens, columns)."""
@@ -155,30 +160,24 @@ class Decoder:
         return h + self.apply("ffn_down", x, weights)
 
 
-def load_block(
-    checkpoint: Checkpoint | Rewritten, spec: ModelSpec, layer: int, device: str | torch.device = "cpu"
-) -> Weights:
+def load_block(checkpoint: Source, spec: ModelSpec, layer: int, device: str | torch.device = "cpu") -> Weights:
     """All weights of one decoder block, float32."""
     return {t.role: _read(checkpoint, t.name, device) for t in spec.tensors if t.layer == layer}
 
 
-def load_outer(
-    checkpoint: Checkpoint | Rewritten, spec: ModelSpec, role: str, device: str | torch.device = "cpu"
-) -> Tensor:
+def load_outer(checkpoint: Source, spec: ModelSpec, role: str, device: str | torch.device = "cpu") -> Tensor:
     """A weight outside the blocks, float32: "embedding", "output_norm" or "head" (a tied one is the embedding)."""
     wanted = "embedding" if role == "head" and spec.tied else role
     [name] = [t.name for t in spec.tensors if t.role == wanted]
     return _read(checkpoint, name, device)
 
 
-def load_outside(
-    checkpoint: Checkpoint | Rewritten, spec: ModelSpec, device: str | torch.device = "cpu"
-) -> dict[str, Tensor]:
+def load_outside(checkpoint: Source, spec: ModelSpec, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """What comes after the blocks, float32 by role: the last norm, the head, and their biases where they have some."""
     roles = ("output_norm", "head", "output_norm_bias", "head_bias")
     there = {t.role for t in spec.tensors} | {"head"}
     return {role: load_outer(checkpoint, spec, role, device) for role in roles if role in there}
 
 
-def _read(checkpoint: Checkpoint | Rewritten, name: str, device: str | torch.device) -> Tensor:
+def _read(checkpoint: Source, name: str, device: str | torch.device) -> Tensor:
     return torch.from_numpy(checkpoint.read(name)).to(device)

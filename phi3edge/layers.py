@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from phi3edge.codecs import holds, row_bytes
 from phi3edge.dequantized import HEAD, Dequantized
 from phi3edge.errors import UnsupportedError
 from phi3edge.files import write_text
-from phi3edge.forward import LINEARS, Weights
+from phi3edge.forward import LINEARS, Source, Weights
 from phi3edge.phi3small import decoder_of
 from phi3edge.progress import Stages, silent
 from phi3edge.recipes import load_recipe
@@ -62,13 +62,6 @@ _LOGIT_TOKENS = 256  # computed at once: the widest arrays are of their logits
 _ROWS = 4096  # of embedding and head, to tell a basis by
 
 By = Literal["block", "role"]
-
-
-class Source(Protocol):
-    """Weights by their names in the checkpoint, float32."""
-
-    def read(self, name: str) -> np.ndarray:
-        """A whole tensor, in its own shape."""
 
 
 @dataclass(frozen=True, slots=True)

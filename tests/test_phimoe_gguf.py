@@ -23,7 +23,6 @@ from _moe import (
 )
 
 from phi3edge import build
-from phi3edge.budget import Budget
 from phi3edge.build import export, prepare
 from phi3edge.centring import ROUTER_SHIFT, Centred
 from phi3edge.checkpoint import open_checkpoint
@@ -217,7 +216,6 @@ def test_what_is_not_made_is_refused_before_any_work(model: Path) -> None:
     for options in (
         {"rounding": Rounding(method="gptq")},
         {"rounding": Rounding(method="awq")},
-        {"budget": Budget(bytes=10**6)},
     ):
         with pytest.raises(UnsupportedError, match="not computed for a mixture of experts"):
             prepare(str(model), "cpu", format_="gguf", **options)
