@@ -57,10 +57,7 @@ class Decoder:
             UnsupportedError: a family with other blocks than these.
         """
         if spec.norm != self.NORM:
-            raise UnsupportedError(
-                f"figures by layer and texts of its own are not computed for family {spec.family}",
-                "calibrate on --calibration python or a file",
-            )
+            raise UnsupportedError(f"blocks of four linears are not computed for family {spec.family}")
         self.spec = spec
         self.device = torch.device(device)
         self._tables: tuple[tuple[int, int], Tensor, Tensor] | None = None
