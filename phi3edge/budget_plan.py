@@ -125,10 +125,11 @@ def plan_within(
     if not fitting:
         raise DoesNotFitError(f"the files of {name} take {taken} bytes, the budget is {limit}", "allow a little more")
     choice, plan = min(fitting, key=lambda found: found[0].loss)
-    return plan, (
+    said = (
         f"Predicted KL {choice.loss:.4f} nats per token, from {text.ids.size} tokens of {text.name}; no mix of these "
         f"codecs under the budget is predicted more than {100 * choice.gap:.2g} % better."
     )
+    return plan, said + (" It counts no changed choice of experts: the KL will be larger." if spec.experts else "")
 
 
 def _options(spec: ModelSpec, losses: Mapping[str, Mapping[str, float]]) -> dict[str, list[Option]]:

@@ -179,6 +179,7 @@ def test_an_export_keeps_its_budget_and_is_better_than_one_codec(
         codecs.setdefault((t.tensor.role, t.tensor.layer), set()).add(t.codec)
     assert all(len(taken) == 1 for taken in codecs.values())  # of all experts
     assert len(set().union(*codecs.values())) > 3  # a mix indeed
+    assert any("no changed choice of experts" in note for note in made.notes)
     assert plan.predicted_kl == pytest.approx(sum(t.predicted_kl or 0 for t in plan.tensors))
     kl = [
         validate(one.artifact, model, windows=Windows(2), threads=1)[0].metrics["kl_mean"].value
