@@ -251,7 +251,7 @@ lengths where each model's function changes; {machine}. Tests hold the same, mos
 
 {notes}
 
-Byte budgets (`--budget`) work for all models but 3.5-MoE and small.
+Byte budgets (`--budget`) work for all models, for 3.5-MoE with `--calibration python` or a file.
 
 Phi-3-vision and Phi-3.5-vision are exported as their text decoder; images are not in the artifact. Their tokenizer
 swallows white space after `<|assistant|>` and not after `<|user|>` or `<|end|>`, which a GGUF file cannot say: its chat

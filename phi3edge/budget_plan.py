@@ -1,8 +1,11 @@
-"""A plan under a byte budget: what every codec costs every tensor, the best choice, and what its files really take."""
+"""A plan under a byte budget: what every codec costs every tensor, the best choice, and what its files really take.
+
+Experts of one layer and role take one codec together: a GGUF file has one tensor for all of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from phi3edge.budget import Budget, Choice, choose
@@ -102,14 +105,15 @@ def plan_within(
     tried = budget_codecs(spec, name, recipe, target, format_)
     options = _options(spec, kept_losses(checkpoint, spec, text.ids, tried, recipe.method, weighted, device, stages))
     alone, limit = _left_alone(spec, name, recipe, options), _limit(budget, spec)
+    together = _together(spec, options)
     if budget.bytes is None:
         measure = _weight_bytes
     plan = make_plan(spec, name, recipe)
     besides = measure(plan) - plan.weight_bytes
     fitting: list[tuple[Choice, QuantPlan]] = []
     for _ in range(_ROUNDS):
-        choice = choose(options, limit, besides + alone)
-        plan = make_plan(spec, name, recipe, choice.options)
+        choice = choose({group: _summed(options, names) for group, names in together.items()}, limit, besides + alone)
+        plan = make_plan(spec, name, recipe, _spread(choice.options, together, options))
         taken = measure(plan)
         if taken <= limit:
             fitting.append((choice, plan))
@@ -119,10 +123,11 @@ def plan_within(
     if not fitting:
         raise DoesNotFitError(f"the files of {name} take {taken} bytes, the budget is {limit}", "allow a little more")
     choice, plan = min(fitting, key=lambda found: found[0].loss)
-    return plan, (
+    said = (
         f"Predicted KL {choice.loss:.4f} nats per token, from {text.ids.size} tokens of {text.name}; no mix of these "
         f"codecs under the budget is predicted more than {100 * choice.gap:.2g} % better."
     )
+    return plan, said + (" It counts no changed choice of experts: the KL will be larger." if spec.experts else "")
 
 
 def _options(spec: ModelSpec, losses: Mapping[str, Mapping[str, float]]) -> dict[str, list[Option]]:
@@ -131,6 +136,32 @@ def _options(spec: ModelSpec, losses: Mapping[str, Mapping[str, float]]) -> dict
     return {
         tensor: [Option(c, shapes[tensor][0] * row_bytes(c, shapes[tensor][1]), loss) for c, loss in by_codec.items()]
         for tensor, by_codec in losses.items()
+    }
+
+
+def _together(spec: ModelSpec, options: Mapping[str, object]) -> dict[str, list[str]]:
+    """The tensors that take one codec together, by the first one's name."""
+    groups: dict[tuple[str, int | None], list[str]] = {}
+    for t in spec.tensors:
+        if t.name in options:  # of a role and layer there are several only where there are experts
+            groups.setdefault((t.role, t.layer), []).append(t.name)
+    return {names[0]: names for names in groups.values()}
+
+
+def _summed(options: Mapping[str, Sequence[Option]], names: Sequence[str]) -> list[Option]:
+    """The options of tensors that take one codec together, which are of one shape."""
+    alike = zip(*(options[name] for name in names), strict=True)
+    return [Option(of[0].codec, sum(o.bytes for o in of), sum(o.loss for o in of)) for of in alike]
+
+
+def _spread(
+    chosen: Mapping[str, Option], together: Mapping[str, Sequence[str]], options: Mapping[str, Sequence[Option]]
+) -> dict[str, Option]:
+    """Each tensor's own option, from those chosen for groups."""
+    return {
+        name: next(option for option in options[name] if option.codec == taken.codec)
+        for group, taken in chosen.items()
+        for name in together[group]
     }
 
 

@@ -135,18 +135,14 @@ def prepare_spec(
         )
     mix = with_method(mix, rounding.method)
     budget = find_budget(recipe_name, mix, budget)
-    if spec.experts and budget:
-        raise UnsupportedError(
-            f"{spec.name}: byte budgets are not computed for a mixture of experts", "choose a --recipe"
-        )
+    if spec.experts and (budget or is_calibrated(make_plan(spec, recipe_name, mix))):
+        require_mixture(spec, rounding)
     if budget:
         require_room(budget, spec, recipe_name, mix, device, chosen)
     tokens = choose_context(spec, device, chosen, context)
     plan = make_plan(spec, recipe_name, mix)
     require_kernels(plan, target_name, device, chosen)
     require_rounding(rounding, is_calibrated(plan))
-    if spec.experts and is_calibrated(plan):
-        require_mixture(rounding)
     fit, notes = estimate_fit(plan, device, chosen, tokens), warnings(plan, device, chosen, tokens)
     return Prepared(plan, mix, target_name, device, chosen, fit, notes, budget)
 

@@ -33,7 +33,7 @@ from phi3edge.centring import FACTORS, Centred
 from phi3edge.forward import Basis, Decoder, Weights, load_block
 from phi3edge.methods import SCALED
 from phi3edge.methods.awq import SAMPLED_ROWS
-from phi3edge.mixture import MixtureDecoder
+from phi3edge.mixture import LlamaCppDecoder, MixtureDecoder
 from phi3edge.scaling import channels, find_scale
 from phi3edge.types import QuantPlan
 
@@ -49,20 +49,6 @@ ones alone, and half of it or less where those are 16."""
 
 Seen = tuple[slice, Tensor, Tensor]
 """Some tokens of a batch, numbered from its first, int64 (chosen,), and the weight of each, (chosen, 1)."""
-
-
-class LlamaCppDecoder(MixtureDecoder):
-    """The same as llama.cpp computes it, of weights as phi3edge.centring makes them."""
-
-    def layer_norm(self, h: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
-        """RMSNorm over the last axis, and a bias."""
-        return self.norm(h, gain) + bias
-
-    def route(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The two best experts, by a softmax over them."""
-        assert self.spec.experts is not None
-        best, chosen = scores.topk(self.spec.experts.used)
-        return best.softmax(-1), chosen
 
 
 class MixturePath(BlockPath):

@@ -81,8 +81,7 @@ def calibration_text(
         wanted: "self": what the model itself writes, half answers to PROMPTS, half begun with a random word; "python":
             documentation inside the Python that runs this, none of it in the default text of validation;
             "self+python": half the sequences each; "hub:ORG/NAME[@REVISION]:FILE": a text file, or JSON lines with a
-            field "text", of a hub dataset; else a path of a text file. None for DEFAULT, or for "python" where the
-            family is none that writes here.
+            field "text", of a hub dataset; else a path of a text file. None for DEFAULT.
         checkpoint: folder in Hugging Face layout.
         spec: the model in it.
         sequences: how many; of a shorter text as many as it has, if they are at least LEAST_SEQUENCES.
@@ -95,12 +94,14 @@ def calibration_text(
 
     Raises:
         UsageError: no such text, or too little of it.
+        UnsupportedError: a mixture of experts that should write.
         HubError: the dataset cannot be had.
         MissingExtraError: torch or transformers is not installed.
         CheckpointError: the checkpoint or its tokenizer cannot be read.
         OutputError: what the model wrote cannot be kept.
     """
-    wanted = wanted or (DEFAULT if spec.family == "phi3" else PYTHON)  # others do not write a text here
+    wanted = wanted or DEFAULT
+    require_writer(spec, wanted)
     if tokens > spec.context_length:
         raise UsageError(f"{tokens} tokens a sequence are more than the model's context of {spec.context_length}")
 
@@ -118,13 +119,13 @@ def calibration_text(
     return _cut(_encode(reference.load_tokenizer(checkpoint), text.text), sequences, tokens, text.name)
 
 
-def require_other_text(wanted: str | None) -> None:
-    """Raise for a text that a mixture of experts would write itself: each token would read all experts of all layers.
+def require_writer(spec: ModelSpec, wanted: str | None) -> None:
+    """Raise for a text of the model's own that it does not write here: each token would read all experts again.
 
     Raises:
-        UnsupportedError: `wanted`, as of `calibration_text`, is or holds such a text.
+        UnsupportedError: says what to calibrate on instead.
     """
-    if wanted is None or SELF in wanted.split("+"):
+    if spec.experts and (wanted or DEFAULT) in (SELF, MIXED):
         raise UnsupportedError(
             "a mixture of experts does not write its own text here", "--calibration python, or a FILE"
         )
@@ -151,7 +152,7 @@ def _own(
         reference.require_reference()
         from phi3edge.generation import generate
 
-        spans = -(-tokens // SPAN)  # of each sequence
+        spans = -(-tokens // min(SPAN, spec.original_context_length))  # of each sequence
         beginnings = _beginnings(reference.load_tokenizer(checkpoint), sequences, spans, seed)
         with open_checkpoint(checkpoint) as opened:
             ids = generate(opened, spec, beginnings, -(-tokens // spans), seed, memory, device, stages)

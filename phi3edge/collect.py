@@ -97,7 +97,7 @@ def calibrate(
             on there.
     """
     require_device(device)
-    from phi3edge.calibration import calibration_text, require_other_text
+    from phi3edge.calibration import calibration_text, require_writer
 
     with reporting(stages) as told:
         source = resolve(name, told)
@@ -106,8 +106,8 @@ def calibrate(
         source.check(spec)
         if any(t.grid for t in spec.tensors):
             raise UnsupportedError(f"{source.name} is quantized already: its linears are not rounded again")
+        require_writer(spec, calibration)
         if spec.experts:
-            require_other_text(calibration)
             _require_plain(moments, device)
         folder = (out or Path("dist") / f"{spec.name.lower()}-statistics").resolve()
         _require_free(folder, force)

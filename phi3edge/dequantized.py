@@ -1,14 +1,15 @@
 """An artifact's own weights as floats, under the names and in the shapes of the checkpoint it was made from.
 
 What a runtime computes with is read back from the file, and nothing is rounded again. GGUF files of llama.cpp's
-architecture phi3 and folders whose graph onnxruntime-genai's builder made are understood, whoever wrote them.
+architectures phi3 and phimoe and folders whose graph onnxruntime-genai's builder made are understood, whoever wrote
+them; of Phi-3-small, which the builder does not know, our own folders.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ import numpy as np
 
 from phi3edge import registry
 from phi3edge.artifact import Artifact
-from phi3edge.emitters._genai_graph import WEIGHTS
+from phi3edge.emitters import _genai_graph, _small_graph
 from phi3edge.errors import CheckpointError, MissingExtraError, UnsupportedError
 from phi3edge.genai_folder import read_folder
 from phi3edge.gguf_file import GGUFTensor, ggml_types, read_header
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 HEAD = "head"
-ARCHITECTURE = "phi3"
+SEPARATE = {"attn_q": "q", "attn_k": "k", "attn_v": "v"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,8 @@ class Dequantized:
             MissingExtraError: onnx-ir is not installed.
         """
         wanted = [*spec.tensors, *([_tied_head(spec)] if spec.tied else [])]
-        found = _onnx(artifact.file, wanted) if artifact.is_onnx else _gguf(artifact.file, wanted)
+        names = _small_graph.WEIGHTS if spec.family == "phi3small" else _genai_graph.WEIGHTS
+        found = _onnx(artifact.file, wanted, names) if artifact.is_onnx else _gguf(artifact.file, wanted, spec.family)
         embedding = next(t.name for t in spec.tensors if t.role == "embedding")
         if spec.tied and HEAD not in found:
             found[HEAD] = found[embedding]
@@ -89,27 +91,34 @@ def _tied_head(spec: ModelSpec) -> TensorSpec:
     return TensorSpec(HEAD, HEAD, None, next(t.shape for t in spec.tensors if t.role == "embedding"))
 
 
-def _gguf(file: Path, wanted: list[TensorSpec]) -> dict[str, Stored]:
-    """The wanted tensors of a GGUF file, or of all parts of a split one."""
+def _gguf(file: Path, wanted: list[TensorSpec], family: str) -> dict[str, Stored]:
+    """The wanted tensors of a GGUF file, or of all parts of a split one; its architecture is named as the family is."""
     headers = {part: read_header(part) for part in files(file)}
     architecture = headers[file].metadata.get("general.architecture")
-    if architecture != ARCHITECTURE:
-        raise UnsupportedError(f"{file.name} is of architecture {architecture!r}, expected {ARCHITECTURE!r}")
+    if architecture != family:
+        raise UnsupportedError(f"{file.name} is of architecture {architecture!r}, expected {family!r}")
+    experts = 1 + max((t.expert for t in wanted if t.expert is not None), default=0)
     tensors = {t.name: (part, t) for part, header in headers.items() for t in header.tensors}
     found = {}
     for tensor in wanted:
         name = TENSOR_NAMES[HEAD] if tensor.name == HEAD else tensor_name(tensor)
         if name in tensors:
             part, entry = tensors[name]
-            _require_shape(file, tensor, entry.shape)
+            size = entry.nbytes
+            if tensor.expert is None:
+                _require_shape(file, tensor, entry.shape)
+            else:  # one after the other
+                _require_shape(file, replace(tensor, shape=(experts, *tensor.shape)), entry.shape)
+                size //= experts
+            start = entry.offset + size * (tensor.expert or 0)
             found[tensor.name] = Stored(
-                ggml_types()[entry.ggml_type].name, entry.nbytes, _reader(part, entry, tensor.shape)
+                ggml_types()[entry.ggml_type].name, size, _reader(part, entry, tensor.shape, start, size)
             )
     return found
 
 
-def _reader(file: Path, entry: GGUFTensor, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
-    """Reads a tensor of a GGUF file."""
+def _reader(file: Path, entry: GGUFTensor, shape: tuple[int, ...], start: int, size: int) -> Callable[[], np.ndarray]:
+    """Reads a tensor of a GGUF file, or that of one expert: `size` bytes from `start`."""
     if entry.ggml_type not in _codecs():
         kind = ggml_types()[entry.ggml_type].name
         raise UnsupportedError(f"{file.name}: phi3edge has no codec for {kind}, which {entry.name} is in")
@@ -117,7 +126,7 @@ def _reader(file: Path, entry: GGUFTensor, shape: tuple[int, ...]) -> Callable[[
 
     def read() -> np.ndarray:
         rows = shape[0] if len(shape) == 2 else 1
-        data = np.fromfile(file, np.uint8, entry.nbytes, offset=entry.offset).reshape(rows, -1)
+        data = np.fromfile(file, np.uint8, size, offset=start).reshape(rows, -1)
         return module.dequantize(module.unpack(data)).reshape(shape)
 
     return read
@@ -130,24 +139,26 @@ def _codecs() -> dict[int, Any]:
     return {m.GGML_TYPE: m for m in modules if "gguf" in m.FORMATS}
 
 
-def _onnx(path: Path, wanted: list[TensorSpec]) -> dict[str, Stored]:
-    """The wanted tensors of a graph of onnxruntime-genai's builder; parts of fused ones are put together."""
+def _onnx(path: Path, wanted: list[TensorSpec], patterns: Mapping[str, str]) -> dict[str, Stored]:
+    """The wanted tensors of a graph, by patterns of their names in it; parts of fused ones are put together."""
     try:
         import onnx_ir as ir
     except ImportError:
         raise MissingExtraError("reading the weights of ONNX folders", "onnx") from None
     folder = read_folder(path)  # which checks names and sizes before anything is opened
     model = ir.load(folder.model_file)
-    parts: dict[tuple[str, int | None], dict[str, Stored]] = {}
+    parts: dict[tuple[str, int | None, int | None], dict[str, Stored]] = {}
     for node in model.graph:
         for place, value in enumerate(node.inputs):
-            if value is not None and (match := _weight(value)) is not None:
-                role, layer, part = match
-                parts.setdefault((role, layer), {}).setdefault(part, _onnx_stored(node, place, path))
+            if value is not None and (match := _weight(value, patterns)) is not None:
+                role, layer, expert, part = match
+                parts.setdefault((role, layer, expert), {}).setdefault(part, _onnx_stored(node, place, path))
     found = {}
     for tensor in wanted:
-        layer = None if tensor.role == "output_norm" else tensor.layer
-        held = parts.get((tensor.role, layer), {})
+        held = parts.get((tensor.role, tensor.layer, tensor.expert), {})
+        if tensor.role in SEPARATE:  # which a graph names as a part of a fused linear
+            fused = parts.get(("attn_qkv", tensor.layer, None), {})
+            held = {part: stored for part, stored in fused.items() if part == SEPARATE[tensor.role]}
         names = [p.name for p in tensor.parts] if set(held) == {p.name for p in tensor.parts} else list(held)
         if tensor.role == "attn_qkv" and "qkv" in held:
             names = ["qkv"]
@@ -158,23 +169,23 @@ def _onnx(path: Path, wanted: list[TensorSpec]) -> dict[str, Stored]:
     return found
 
 
-def _weight(value: ir.Value) -> tuple[str, int | None, str] | None:
-    """Role, layer and part of the weight that a value is, before or after a Cast or Transpose; None for others."""
-    origin = value.producer()
-    if value.const_value is None and (origin is None or origin.op_type not in ("Cast", "Transpose")):
+def _weight(value: ir.Value, patterns: Mapping[str, str]) -> tuple[str, int | None, int | None, str] | None:
+    """Role, layer, expert and part of the weight that a value is, before or after a Cast or Transpose, or None."""
+    origin = _initializer(value)
+    if origin.const_value is None:
         return None
-    name = value.name if origin is None else _initializer(value).name
-    for role, pattern in WEIGHTS.items():
-        if match := re.fullmatch(rf"{pattern}(?:_[qQ]\w*)?", name or ""):
+    for role, pattern in patterns.items():
+        if match := re.fullmatch(rf"{pattern}(?:_[qQ]\w*)?", origin.name or ""):
             said = match.groupdict()
-            layer = int(said["layer"]) if said.get("layer") else None
-            return role, layer, said.get("part") or ""
+            layer, expert = (int(said[key]) if said.get(key) else None for key in ("layer", "expert"))
+            return role, layer, expert, said.get("part") or ""
     return None
 
 
 def _initializer(value: ir.Value) -> ir.Value:
-    """What a Cast or Transpose of a weight reads."""
-    while (node := value.producer()) is not None and node.inputs[0] is not None:
+    """What a Cast or Transpose of a weight reads, or the value itself."""
+    while (node := value.producer()) is not None and node.op_type in ("Cast", "Transpose"):
+        assert node.inputs[0] is not None
         value = node.inputs[0]
     return value
 

@@ -12,13 +12,15 @@ Source: the Phi-3 modeling code of Microsoft's checkpoints; transformers compute
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from phi3edge.errors import UnsupportedError
+from phi3edge.rotation import rotation
 from phi3edge.types import ModelSpec
 
 if TYPE_CHECKING:
@@ -35,6 +37,14 @@ Basis: TypeAlias = "Checkpoint | Rewritten | Centred"
 Weights = Mapping[str, Tensor]
 """Role to weight, float32, of one block."""
 
+
+class Readable(Protocol):
+    """Weights by their names in the checkpoint, float32."""
+
+    def read(self, name: str) -> np.ndarray:
+        """A whole tensor, in its own shape."""
+
+
 Observe = Callable[[str, Tensor], None]
 """observe(role, x) sees the input of each linear, shape (sequences, tokens, columns)."""
 
@@ -45,7 +55,7 @@ class Decoder:
     NORM = "rms"
 
     def __init__(self, spec: ModelSpec, device: str | torch.device = "cpu") -> None:
-        """Rotary frequencies.
+        """Nothing is computed yet.
 
         Args:
             spec: the model.
@@ -55,19 +65,10 @@ class Decoder:
             UnsupportedError: a family with other blocks than these.
         """
         if spec.norm != self.NORM:
-            raise UnsupportedError(
-                f"byte budgets, figures by layer and texts of its own are not computed for family {spec.family}",
-                "calibrate on --calibration python or a file",
-            )
+            raise UnsupportedError(f"blocks of four linears are not computed for family {spec.family}")
         self.spec = spec
         self.device = torch.device(device)
-        rope = spec.rope
-        exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
-        factors = {False: rope.short_factors, True: rope.long_factors}
-        self._frequencies = {
-            long: 1 / (rope.theta**exponents * (torch.tensor(f) if f else 1)) for long, f in factors.items()
-        }
-        self._tables: tuple[tuple[bool, int, int], Tensor, Tensor] | None = None
+        self._tables: tuple[tuple[int, int], Tensor, Tensor] | None = None
 
     def embed(self, rows: Tensor) -> Tensor:
         """Hidden states before the first block, from rows of the embedding."""
@@ -78,8 +79,13 @@ class Decoder:
         return self.norm(h, weights[role])
 
     def apply(self, role: str, x: Tensor, weights: Weights) -> Tensor:
-        """A linear of a block."""
-        return linear(x, weights[role])
+        """A linear with its bias, if it has one: in the dtype of its weight, float32 in and out."""
+        weight, bias = weights[role], weights.get(f"{role}_bias")
+        return linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).float()
+
+    def logits(self, x: Tensor, outer: Weights) -> Tensor:
+        """What the head makes of x, shape (..., hidden), after the last norm; `outer` as `load_outside` gives it."""
+        return self.apply("head", x, outer)
 
     def norm(self, h: Tensor, gain: Tensor) -> Tensor:
         """RMSNorm over the last axis."""
@@ -97,12 +103,21 @@ class Decoder:
         """
         spec = self.spec
         sequences, tokens, _ = qkv.shape
-        parts = qkv.split([n * spec.head_dim for n in (spec.heads, spec.kv_heads, spec.kv_heads)], -1)
-        q, k, v = (part.view(sequences, tokens, -1, spec.head_dim).transpose(1, 2) for part in parts)
+        q, k, v = self.split(qkv)
         q, k = self.rotate(q), self.rotate(k)
         k, v = (x.repeat_interleave(spec.heads // spec.kv_heads, 1) for x in (k, v))
         mixed = scaled_dot_product_attention(q, k, v, **self._mask(tokens))
         return mixed.transpose(1, 2).reshape(sequences, tokens, -1)
+
+    def split(self, qkv: Tensor) -> list[Tensor]:
+        """Queries, keys and values, each of shape (sequences, heads, tokens, head size)."""
+        spec = self.spec
+        parts = qkv.split([n * spec.head_dim for n in (spec.heads, spec.kv_heads, spec.kv_heads)], -1)
+        return [part.view(*qkv.shape[:2], -1, spec.head_dim).transpose(1, 2) for part in parts]
+
+    def is_long(self, tokens: int) -> bool:
+        """Whether a sequence is rotated by LongRoPE's long factors."""
+        return self.spec.rope.by_length and tokens > self.spec.original_context_length
 
     def rotate(self, x: Tensor, start: int = 0) -> Tensor:
         """Rotary embedding of the leading channels.
@@ -121,13 +136,10 @@ class Decoder:
 
     def _angles(self, start: int, tokens: int) -> tuple[Tensor, Tensor]:
         """Scaled cosines and sines of some positions, shape (tokens, rotated channels); the last ones are kept."""
-        long = self.spec.rope.by_length and start + tokens > self.spec.original_context_length
-        key = (long, start, tokens)
+        key = (start, tokens)
         if self._tables is None or self._tables[0] != key:
-            positions = torch.arange(start, start + tokens, dtype=torch.float32)
-            angles = torch.outer(positions, self._frequencies[long]).repeat(1, 2)
-            scale = self.spec.rope.attention_factor
-            self._tables = (key, (angles.cos() * scale).to(self.device), (angles.sin() * scale).to(self.device))
+            cos, sin = rotation(self.spec.rope, self.is_long(start + tokens), start, start + tokens)
+            self._tables = (key, cos.to(self.device), sin.to(self.device))
         return self._tables[1], self._tables[2]
 
     def _mask(self, tokens: int) -> dict[str, bool | Tensor]:
@@ -153,17 +165,24 @@ class Decoder:
         return h + self.apply("ffn_down", x, weights)
 
 
-def load_block(checkpoint: Basis, spec: ModelSpec, layer: int, device: str | torch.device = "cpu") -> Weights:
+def load_block(checkpoint: Readable, spec: ModelSpec, layer: int, device: str | torch.device = "cpu") -> Weights:
     """All weights of one decoder block, float32; without those of experts."""
     return {t.role: _read(checkpoint, t.name, device) for t in spec.tensors if t.layer == layer and t.expert is None}
 
 
-def load_outer(checkpoint: Basis, spec: ModelSpec, role: str, device: str | torch.device = "cpu") -> Tensor:
+def load_outer(checkpoint: Readable, spec: ModelSpec, role: str, device: str | torch.device = "cpu") -> Tensor:
     """A weight outside the blocks, float32: "embedding", "output_norm" or "head" (a tied one is the embedding)."""
     wanted = "embedding" if role == "head" and spec.tied else role
     [name] = [t.name for t in spec.tensors if t.role == wanted]
     return _read(checkpoint, name, device)
 
 
-def _read(checkpoint: Basis, name: str, device: str | torch.device) -> Tensor:
+def load_outside(checkpoint: Readable, spec: ModelSpec, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """What comes after the blocks, float32 by role: the last norm, the head, and their biases where they have some."""
+    roles = ("output_norm", "head", "output_norm_bias", "head_bias")
+    there = {t.role for t in spec.tensors} | {"head"}
+    return {role: load_outer(checkpoint, spec, role, device) for role in roles if role in there}
+
+
+def _read(checkpoint: Readable, name: str, device: str | torch.device) -> Tensor:
     return torch.from_numpy(checkpoint.read(name)).to(device)

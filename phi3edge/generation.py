@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear, scaled_dot_product_attention
+from torch.nn.functional import embedding, scaled_dot_product_attention
 
+from phi3edge.errors import UsageError
 from phi3edge.forward import Decoder, Weights
+from phi3edge.phi3small import decoder_of, sparse_in, visible
 from phi3edge.progress import Stages, silent
 from phi3edge.types import ModelSpec
 
@@ -62,14 +64,21 @@ def generate(
 
     Returns:
         Token ids, int64, shape (len(beginnings), tokens).
+
+    Raises:
+        UsageError: rows beyond the original context of a model with LongRoPE, where all keys would be rotated anew.
     """
-    decoder, dtype = Decoder(spec, device), fast_dtype(device)
+    decoder, dtype = decoder_of(spec, device), fast_dtype(device)
+    if decoder.is_long(tokens):
+        raise UsageError(
+            f"rows of {tokens} tokens; {spec.name} writes them within its original context of "
+            f"{spec.original_context_length}"
+        )
     if memory is None:
         memory = torch.cuda.mem_get_info(device)[0] * 3 // 4 if decoder.device.type == "cuda" else CPU_MEMORY
     sizes = fit(spec, len(beginnings), tokens, dtype.itemsize, memory)
     read = partial(load, checkpoint, spec, dtype=dtype, device=decoder.device)
     outer = read(None)
-    embed, norm, head = outer["embedding"], outer["output_norm"], outer["embedding" if spec.tied else "head"]
     kept = [read(n) for n in range(spec.layers)] if sizes.keep else None
     uniform = np.random.default_rng(seed).random((len(beginnings), tokens), np.float32)
     ids = np.empty(uniform.shape, np.int64)
@@ -81,10 +90,11 @@ def generate(
             writer.add(0, np.zeros(len(writer.ids), np.int64))  # all are forced
             for position in range(tokens - 1):
                 begins = torch.from_numpy(writer.begins).to(device)
-                h = embedding(torch.from_numpy(writer.ids[:, position]).to(device), embed).float()
+                h = embedding(torch.from_numpy(writer.ids[:, position]).to(device), outer["embedding"]).float()
+                h = decoder.embed(h)
                 for layer in range(spec.layers):
                     h = step(cache, h, layer, kept[layer] if kept else read(layer), position, begins)
-                logits = apply(head, decoder.norm(h, norm))
+                logits = decoder.logits(decoder.normed("output_norm", h, outer), outer)
                 chosen = choose(logits, torch.from_numpy(uniform[wave, position]).to(device))
                 writer.add(position + 1, chosen.cpu().numpy())
                 advance(len(writer.ids))
@@ -151,7 +161,10 @@ def fast_dtype(device: str | torch.device) -> torch.dtype:
 def load(
     checkpoint: Checkpoint, spec: ModelSpec, layer: int | None, dtype: torch.dtype, device: torch.device
 ) -> Weights:
-    """Weights of a block, or of what is outside the blocks, by role: matrices in `dtype`, norms in float32."""
+    """Weights of a block, or of what is outside the blocks, by role: matrices in `dtype`, norms and biases in float32.
+
+    A tied model's head is its embedding.
+    """
     found = {}
     for tensor in spec.tensors:
         if tensor.layer == layer:
@@ -163,7 +176,7 @@ def load(
                 weight = torch.from_numpy(checkpoint.read(tensor.name))
                 weight = weight.to(dtype) if matrix else weight
             found[tensor.role] = weight.to(device)
-    return found
+    return {"head": found["embedding"], **found} if layer is None and spec.tied else found
 
 
 class Cache:
@@ -190,16 +203,21 @@ class Cache:
         """
         spec, kept = self.decoder.spec, self.kept[layer]
         rows = qkv.shape[0]
-        heads = qkv.view(rows, -1, 1, spec.head_dim)
-        q, k, v = heads.split([spec.heads, spec.kv_heads, spec.kv_heads], 1)
+        q, k, v = self.decoder.split(qkv[:, None])
         kept[0, :, :, position] = self.decoder.rotate(k, position)[:, :, 0]
         kept[1, :, :, position] = v[:, :, 0]
         # the queries that share a KV head stand where a sequence's positions usually do
-        q = self.decoder.rotate(q, position).view(rows, spec.kv_heads, -1, spec.head_dim).to(kept.dtype)
+        q = self.decoder.rotate(q, position).reshape(rows, spec.kv_heads, -1, spec.head_dim).to(kept.dtype)
         first = begins if spec.sliding_window is None else begins.clamp(min=position + 1 - spec.sliding_window)
-        visible = torch.arange(position + 1, device=qkv.device) >= first[:, None, None, None]
+        positions = torch.arange(position + 1, device=qkv.device)
+        seen = positions >= first[:, None, None, None]
+        if sparse := sparse_in(spec, layer):  # whose blocks begin where a text does
+            places = positions - begins[:, None]
+            pattern = visible(sparse, spec.heads, places[:, -1:], places)
+            seen = seen & pattern.view(rows, spec.kv_heads, -1, position + 1)
         keys, values = kept[:, :, :, : position + 1]
-        return scaled_dot_product_attention(q, keys, values, attn_mask=visible).to(qkv.dtype).reshape(rows, -1)
+        mixed = scaled_dot_product_attention(q, keys, values, attn_mask=seen, scale=spec.attention_scale)
+        return mixed.to(qkv.dtype).reshape(rows, -1)
 
 
 def step(cache: Cache, h: Tensor, layer: int, weights: Weights, position: int, begins: Tensor) -> Tensor:
@@ -208,15 +226,10 @@ def step(cache: Cache, h: Tensor, layer: int, weights: Weights, position: int, b
     The linears compute in the dtype of their weights.
     """
     decoder = cache.decoder
-    qkv = apply(weights["attn_qkv"], decoder.norm(h, weights["attn_norm"]))
-    h = h + apply(weights["attn_output"], cache.attend(qkv, layer, position, begins))
-    gate_up = apply(weights["ffn_gate_up"], decoder.norm(h, weights["ffn_norm"]))
-    return h + apply(weights["ffn_down"], decoder.gate(gate_up))
-
-
-def apply(weight: Tensor, x: Tensor) -> Tensor:
-    """A linear in its weight's dtype, float32 in and out."""
-    return linear(x.to(weight.dtype), weight).float()
+    qkv = decoder.apply("attn_qkv", decoder.normed("attn_norm", h, weights), weights)
+    h = h + decoder.apply("attn_output", cache.attend(qkv, layer, position, begins), weights)
+    gate_up = decoder.apply("ffn_gate_up", decoder.normed("ffn_norm", h, weights), weights)
+    return h + decoder.apply("ffn_down", decoder.gate(gate_up), weights)
 
 
 def choose(logits: Tensor, uniform: Tensor) -> Tensor:

@@ -6,7 +6,10 @@ the reference with the artifact's. A model that differs from another in one bloc
 so n exchanged blocks cost n / 2 passes; and every block is read once, whatever the number of models that go through it.
 
 Weights can be exchanged only in one basis. Calibrated artifacts are in another one than their checkpoint's (see
-phi3edge.rewrite), so the reference is rewritten into the basis that the artifact is found to be in.
+phi3edge.rewrite), so the reference is rewritten into the basis that the artifact is found to be in. A mixture of
+experts in a GGUF file is computed as llama.cpp does, on both sides: where that is not the model itself (see
+phi3edge.centring) is no loss of the artifact's here. Of a mixture one expert's weights are in memory at a time, and are
+read again for every model.
 """
 
 from __future__ import annotations
@@ -18,28 +21,30 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from phi3edge import folders
 from phi3edge.artifact import Artifact
 from phi3edge.budget_plan import budget_recipe
 from phi3edge.calibration import refuse_overlap
+from phi3edge.centring import Centred
 from phi3edge.codecs import holds, row_bytes
 from phi3edge.dequantized import HEAD, Dequantized
 from phi3edge.errors import UnsupportedError
 from phi3edge.files import write_text
-from phi3edge.forward import LINEARS, Decoder, Weights
+from phi3edge.forward import Decoder, Readable, Weights
+from phi3edge.mixture import LlamaCppDecoder, Mixture, MixtureDecoder
+from phi3edge.phi3small import decoder_of
 from phi3edge.progress import Stages, silent
 from phi3edge.recipes import load_recipe
 from phi3edge.reference import load_tokenizer
 from phi3edge.rewrite import Rewritten
 from phi3edge.text import Text, cut, default_text
-from phi3edge.types import JSON, ModelSpec
+from phi3edge.types import JSON, ModelSpec, TensorSpec, stays_float
 
 if TYPE_CHECKING:
     from phi3edge.checkpoint import Checkpoint
@@ -64,16 +69,12 @@ _ROWS = 4096  # of embedding and head, to tell a basis by
 By = Literal["block", "role"]
 
 
-class Source(Protocol):
-    """Weights by their names in the checkpoint, float32."""
-
-    def read(self, name: str) -> np.ndarray:
-        """A whole tensor, in its own shape."""
-
-
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What is exchanged: a block with its norms, or every tensor of a role; the head with the norm before it."""
+    """What is exchanged: a block with its norms, or every tensor of a role; the head with the norm before it.
+
+    Biases go with what they belong to.
+    """
 
     layer: int | None
     role: str | None
@@ -92,7 +93,8 @@ class Unit:
         """Whether a tensor belongs to it."""
         if self.role is None:
             return layer == self.layer
-        return role == self.role or (self.role == HEAD and role == "output_norm")
+        plain = role.removesuffix("_bias")
+        return plain == self.role or (self.role == HEAD and plain == "output_norm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +200,7 @@ def find_losses(
     with stages("find the basis", None):
         reference, basis = find_basis(ours, checkpoint, spec, by, artifact.file.name)
     units = units_of(spec, by)
-    compared = _Compared(ours, reference, spec, units, on_estimate)
+    compared = (_ComparedMixture if spec.experts else _Compared)(ours, reference, spec, units, on_estimate)
     with torch.inference_mode(), tempfile.TemporaryDirectory(prefix="phi3edge-") as work:
         batches = [ids[n : n + TOGETHER] for n in range(0, len(ids), TOGETHER)]
         with stages("exchange", compared.steps * len(batches)) as advance:
@@ -237,11 +239,17 @@ def write(losses: Losses, folder: Path) -> Path:
 
 def units_of(spec: ModelSpec, by: By) -> list[Unit]:
     """Everything that is exchanged; a tied head goes with the embedding."""
-    inner = [Unit(layer, None) for layer in range(spec.layers)] if by == "block" else [Unit(None, r) for r in LINEARS]
+    linears = dict.fromkeys(t.role for t in spec.tensors if t.layer is not None and _is_linear(t))
+    inner = [Unit(layer, None) for layer in range(spec.layers)] if by == "block" else [Unit(None, r) for r in linears]
     return [Unit(None, "embedding"), *inner, *([] if spec.tied else [Unit(None, HEAD)])]
 
 
-def find_basis(ours: Dequantized, checkpoint: Checkpoint, spec: ModelSpec, by: By, name: str) -> tuple[Source, str]:
+def _is_linear(tensor: TensorSpec) -> bool:
+    """Whether a tensor is one that artifacts hold in codecs."""
+    return len(tensor.shape) == 2 and not stays_float(tensor.role)
+
+
+def find_basis(ours: Dequantized, checkpoint: Checkpoint, spec: ModelSpec, by: By, name: str) -> tuple[Readable, str]:
     """The reference in the artifact's basis, found by comparing weights, and what that basis is.
 
     Args:
@@ -254,11 +262,14 @@ def find_basis(ours: Dequantized, checkpoint: Checkpoint, spec: ModelSpec, by: B
     Raises:
         UnsupportedError: no basis that is known.
     """
-    candidates: list[tuple[Source, str]] = [
-        (checkpoint, "the checkpoint's own"),
-        (Rewritten(checkpoint, spec), "rotated"),
-        (Rewritten(checkpoint, spec, turn_values=False), "rotated, values as they were"),
-    ]
+    candidates: list[tuple[Readable, str]] = [(checkpoint, "the checkpoint's own")]
+    if spec.norm == "rms":  # others cannot be turned
+        candidates += [
+            (Rewritten(checkpoint, spec), "rotated"),
+            (Rewritten(checkpoint, spec, turn_values=False), "rotated, values as they were"),
+        ]
+    elif spec.experts:
+        candidates.append((Centred(checkpoint, spec), "centred for llama.cpp"))
     known = [_known_roles(ours, source, spec) for source, _ in candidates]
     for (source, said), roles in zip(candidates, known, strict=True):
         if all(roles.values()):
@@ -279,7 +290,7 @@ def find_basis(ours: Dequantized, checkpoint: Checkpoint, spec: ModelSpec, by: B
     )
 
 
-def _known_roles(ours: Source, reference: Source, spec: ModelSpec) -> dict[str, bool]:
+def _known_roles(ours: Readable, reference: Readable, spec: ModelSpec) -> dict[str, bool]:
     """By role, whether the artifact's weights are the reference's but for rounding, in one of three layers.
 
     So a damaged layer does not hide the basis.
@@ -315,36 +326,39 @@ class _Compared:
 
     def __init__(
         self,
-        ours: Source,
-        reference: Source,
+        ours: Readable,
+        reference: Readable,
         spec: ModelSpec,
         units: list[Unit],
         on_estimate: Callable[[float], None],
     ) -> None:
         self._sources = {"without": ours, "only": reference}
         self._spec, self._units, self._on_estimate = spec, units, on_estimate
-        self._decoder = Decoder(spec)
+        self._decoder = self._decoder_of()
         self._inner = [unit for unit in units if unit.role != HEAD]
         # models with the later blocks first: they begin with the states of one that goes on itself
         self._models: list[Model] = [(base, unit) for base in ("without", "only") for unit in [*self._inner, None]]
         self.steps = sum(spec.layers - (unit.first if unit else 0) for _, unit in self._models)
         self._estimated = False
 
+    def _decoder_of(self) -> Decoder:
+        return decoder_of(self._spec)
+
     def run(self, ids: np.ndarray, work: Path, advance: Callable[[int], None], batches: int) -> dict[Model, np.ndarray]:
         """KL(reference || model) of every model at every scored token, float64."""
         started, done = time.perf_counter(), 0
         for base, unit in self._models:
             if unit is None or unit.role == "embedding":
-                self._write(work, (base, unit), self._outer("embedding", base, unit)[torch.from_numpy(ids)])
+                rows = self._outer("embedding", base, unit)[torch.from_numpy(ids)]
+                self._write(work, (base, unit), self._decoder.embed(rows))
         for layer in range(self._spec.layers):
-            blocks = {base: self._block(source, layer) for base, source in self._sources.items()}
+            blocks = self._blocks(layer)
             for base, unit in self._models:
                 if unit is not None and layer < unit.first:
                     continue
                 begins = unit is not None and unit.role != "embedding" and layer == unit.first
                 h = self._read(work, (base, None if begins else unit))
-                weights = _exchanged(blocks, base, unit, layer)
-                self._write(work, (base, unit), torch.cat([self._decoder.block(x[None], weights) for x in h]))
+                self._write(work, (base, unit), self._through(h, blocks, (base, unit), layer))
                 advance(1)
                 done += 1
             if not self._estimated:
@@ -357,23 +371,24 @@ class _Compared:
         tails = [(base, unit) for base in ("without", "only") for unit in self._units if unit.role == HEAD]
         states = {m: self._read(work, m)[:, first:-1].flatten(0, 1) for m in self._models}
         states |= {(base, unit): states[base, None] for base, unit in tails}
-        heads = {m: (self._outer("output_norm", *m), self._outer(HEAD, *m)) for m in [_WHOLE, _REFERENCE]}
+        roles = {t.role for t in self._spec.tensors if t.layer is None} - {"embedding"} | {HEAD}
+        heads = {m: {role: self._outer(role, *m) for role in roles} for m in [_WHOLE, _REFERENCE]}
         found: dict[Model, list[Tensor]] = {m: [] for m in states if m != _REFERENCE}
         for start in range(0, len(states[_WHOLE]), _LOGIT_TOKENS):
             rows = slice(start, start + _LOGIT_TOKENS)
-            p = self._log_probs(states[_REFERENCE][rows], *heads[_REFERENCE])
+            p = self._log_probs(states[_REFERENCE][rows], heads[_REFERENCE])
             for model in found:
                 base, unit = model
                 swapped = unit is not None and (
                     unit.has(HEAD, None) or (self._spec.tied and unit.has("embedding", None))
                 )
                 head = heads[_other(base) if swapped else base, None]
-                q = self._log_probs(states[model][rows], *head)
+                q = self._log_probs(states[model][rows], head)
                 found[model].append((p.exp() * (p - q)).sum(-1, dtype=torch.float64))
         return {model: torch.cat(parts).numpy() for model, parts in found.items()}
 
-    def _log_probs(self, h: Tensor, gain: Tensor, head: Tensor) -> Tensor:
-        return linear(self._decoder.norm(h, gain), head).log_softmax(-1)
+    def _log_probs(self, h: Tensor, outer: Weights) -> Tensor:
+        return self._decoder.logits(self._decoder.normed("output_norm", h, outer), outer).log_softmax(-1)
 
     def _outer(self, role: str, base: str, unit: Unit | None) -> Tensor:
         """A weight outside the blocks, of the side that a model takes it from."""
@@ -386,8 +401,18 @@ class _Compared:
     def _name(self, role: str) -> str:
         return next(t.name for t in self._spec.tensors if t.role == role)
 
-    def _block(self, source: Source, layer: int) -> Weights:
-        return {t.role: torch.from_numpy(source.read(t.name)) for t in self._spec.tensors if t.layer == layer}
+    def _blocks(self, layer: int) -> dict[str, Weights]:
+        """What is read of a block for all models: its weights of both sides."""
+        roles = {t.name: t.role for t in self._spec.tensors if t.layer == layer}
+        return {
+            base: {role: torch.from_numpy(source.read(name)) for name, role in roles.items()}
+            for base, source in self._sources.items()
+        }
+
+    def _through(self, h: Tensor, blocks: Mapping[str, Weights], model: Model, layer: int) -> Tensor:
+        """Hidden states through a model's block."""
+        weights = _exchanged(blocks, *model, layer)
+        return torch.cat([self._decoder.block(x[None], weights, layer=layer) for x in h])
 
     def _write(self, work: Path, model: Model, h: Tensor) -> None:
         np.save(self._file(work, model), h.numpy())
@@ -398,6 +423,34 @@ class _Compared:
     def _file(self, work: Path, model: Model) -> Path:
         base, unit = model
         return work / f"{base}-{unit.name if unit else 'nothing'}.npy"
+
+
+class _ComparedMixture(_Compared):
+    """The same for a mixture of experts, whose blocks are not held in memory."""
+
+    def _decoder_of(self) -> MixtureDecoder:
+        return (LlamaCppDecoder if isinstance(self._sources["only"], Centred) else MixtureDecoder)(self._spec)
+
+    def _blocks(self, layer: int) -> dict[str, Weights]:
+        return {}
+
+    def _through(self, h: Tensor, blocks: Mapping[str, Weights], model: Model, layer: int) -> Tensor:
+        assert isinstance(self._decoder, MixtureDecoder)
+        return Mixture(_Exchanged(self._sources, self._spec, *model), self._spec, False, self._decoder).block(h, layer)[
+            0
+        ]
+
+
+class _Exchanged:
+    """The weights of one side, with a unit's of the other."""
+
+    def __init__(self, sources: Mapping[str, Readable], spec: ModelSpec, base: str, unit: Unit | None) -> None:
+        self._sources, self._base, self._unit = sources, base, unit
+        self._places = {t.name: (t.role, t.layer) for t in spec.tensors}
+
+    def read(self, name: str) -> np.ndarray:
+        swapped = self._unit is not None and self._unit.has(*self._places[name])
+        return self._sources[_other(self._base) if swapped else self._base].read(name)
 
 
 def _other(base: str) -> str:
@@ -421,7 +474,7 @@ def _row(
     kl_only: float,
     ladder: list[str],
 ) -> Row:
-    tensors = [t for t in spec.tensors if unit.has(t.role, t.layer) and len(t.shape) == 2]
+    tensors = [t for t in spec.tensors if unit.has(t.role, t.layer) and _is_linear(t)]
     stored = [ours[t.name] for t in tensors]
     taken = sum(s.bytes for s in stored)
     bigger = [_bigger(s.bytes / t.shape[0], t.shape[-1], ladder) for s, t in zip(stored, tensors, strict=True)]

@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear, silu
 
 from phi3edge import machine
-from phi3edge.checkpoint import Checkpoint, open_checkpoint
+from phi3edge.checkpoint import open_checkpoint
 from phi3edge.families import parse_config
-from phi3edge.forward import Decoder, Weights
+from phi3edge.forward import Decoder, Readable, Weights
 from phi3edge.types import Experts, ModelSpec
 
 Observe = Callable[[str, int | None, Tensor], None]
@@ -64,24 +64,38 @@ class MixtureDecoder(Decoder):
 
     NORM = "layer"
 
+    def normed(self, role: str, h: Tensor, weights: Weights) -> Tensor:
+        """A norm, with its bias."""
+        return self.layer_norm(h, weights[role], weights[f"{role}_bias"])
+
     def layer_norm(self, h: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
         """LayerNorm over the last axis."""
         return layer_norm(h, gain.shape, gain, bias, self.spec.norm_eps)
 
-    def normed(self, role: str, h: Tensor, weights: Weights) -> Tensor:
-        """Hidden states through a norm of a block, with its bias."""
-        return self.layer_norm(h, weights[role], weights[f"{role}_bias"])
-
     def apply(self, role: str, x: Tensor, weights: Weights) -> Tensor:
-        """A linear of a block with its bias; "attn_qkv" are three, one after the other."""
+        """A linear with its bias; "attn_qkv" are three, one after the other."""
         if role == "attn_qkv":
             return torch.cat([self.apply(part, x, weights) for part in ("attn_q", "attn_k", "attn_v")], -1)
-        return linear(x, weights[role], weights[f"{role}_bias"])
+        return super().apply(role, x, weights)
 
     def route(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and indices of each token's experts; see `sparse_mixer`."""
+        """Weights of each token's experts and which they are, from the router's scores; see `sparse_mixer`."""
         assert self.spec.experts is not None
         return sparse_mixer(scores, self.spec.experts)
+
+
+class LlamaCppDecoder(MixtureDecoder):
+    """The same as llama.cpp computes it, from the weights that phi3edge.centring makes for it."""
+
+    def layer_norm(self, h: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+        """RMSNorm over the last axis, with a bias."""
+        return self.norm(h, gain) + bias
+
+    def route(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The best experts, weighed by a softmax over their scores alone."""
+        assert self.spec.experts is not None
+        best, chosen = scores.topk(self.spec.experts.used)
+        return best.softmax(-1), chosen
 
 
 @dataclass(slots=True)
@@ -116,18 +130,20 @@ class Mixture:
     """A checkpoint as a model that is called like one of transformers.
 
     Attributes:
-        checkpoint: an opened one; weights are read from it as they are used.
+        checkpoint: an opened one, or another in its place; weights are read from it as they are used.
         spec: its model.
         keep: read each weight once only, and keep it.
+        decoder: computes what is between the linears; None for what the checkpoint means.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: Readable
     spec: ModelSpec
     keep: bool = True
+    decoder: MixtureDecoder | None = None
     _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self._decoder = MixtureDecoder(self.spec)
+        self._decoder = self.decoder or MixtureDecoder(self.spec)
         self._names = {(t.role, t.layer, t.expert): t.name for t in self.spec.tensors}
 
     @property

@@ -15,13 +15,12 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from phi3edge import machine
 from phi3edge.checkpoint import Checkpoint, open_checkpoint
 from phi3edge.families import parse_config
 from phi3edge.forward import Decoder, Weights, load_block, load_outer
-from phi3edge.rotation import rotation
 from phi3edge.types import BlockSparse, ModelSpec
 
 QUERIES = 256
@@ -72,9 +71,11 @@ class SmallDecoder(Decoder):
         """LayerNorm over the last axis."""
         return layer_norm(h, h.shape[-1:], weights[role], weights[f"{role}_bias"], self.spec.norm_eps)
 
-    def apply(self, role: str, x: Tensor, weights: Weights) -> Tensor:
-        """A linear with its bias."""
-        return linear(x, weights[role], weights[f"{role}_bias"])
+    def logits(self, x: Tensor, outer: Weights) -> Tensor:
+        """What the head makes of x, scaled; those of tokens that are never predicted are the least float."""
+        logits = super().logits(x, outer) * self.spec.logit_scale
+        logits[..., list(self.spec.masked_ids)] = torch.finfo(logits.dtype).min
+        return logits
 
     def gate(self, gate_up: Tensor) -> Tensor:
         """gegelu: from the interleaved gate and up to the input of ffn_down."""
@@ -83,29 +84,30 @@ class SmallDecoder(Decoder):
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
-    def is_long(self, tokens: int) -> bool:
-        """Whether a sequence is rotated by LongRoPE's long factors."""
-        return self.spec.rope.by_length and tokens > self.spec.original_context_length
+    def split(self, qkv: Tensor) -> list[Tensor]:
+        """Queries, keys and values by head, from rows that are interleaved by KV head."""
+        spec = self.spec
+        group = spec.heads // spec.kv_heads
+        parts = qkv.view(*qkv.shape[:2], spec.kv_heads, group + 2, spec.head_dim)
+        q, k, v = parts[..., :group, :].flatten(2, 3), parts[..., group, :], parts[..., group + 1, :]
+        return [part.transpose(1, 2) for part in (q, k, v)]
 
     def attend(self, qkv: Tensor, layer: int = 0) -> Tensor:
         """Attention of whole sequences; rows of `qkv` are interleaved by KV head."""
-        return self.attend_with(qkv, layer, None, self.is_long(qkv.shape[1]))[0]
+        return self.attend_with(qkv, layer, None)[0]
 
-    def attend_with(self, qkv: Tensor, layer: int, past: KeysValues | None, is_long: bool) -> tuple[Tensor, KeysValues]:
+    def attend_with(self, qkv: Tensor, layer: int, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
         """Attention of tokens that come after others, and the keys and values of all of them."""
         spec = self.spec
-        sequences, tokens, _ = qkv.shape
+        tokens = qkv.shape[1]
         group, start = spec.heads // spec.kv_heads, past[0].shape[2] if past else 0
-        cos, sin = rotation(spec.rope, is_long, start, start + tokens)
-        angles = cos.to(qkv.device), sin.to(qkv.device)
-        parts = qkv.view(sequences, tokens, spec.kv_heads, group + 2, spec.head_dim)
-        q = turned(parts[..., :group, :].flatten(2, 3).transpose(1, 2), angles)
-        k = turned(parts[..., group, :].transpose(1, 2), angles)
-        v = parts[..., group + 1, :].transpose(1, 2)
+        q, k, v = self.split(qkv)
+        q, k = self.rotate(q, start), self.rotate(k, start)
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         keys, values = (x.repeat_interleave(group, 1) for x in (k, v))
-        sparse = spec.block_sparse if spec.block_sparse and spec.block_sparse.is_sparse(layer) else None
+        sparse = sparse_in(spec, layer)
+        positions = torch.arange(start + tokens, device=q.device)
         mixed = torch.empty_like(q)
         for first in range(0, tokens, QUERIES):
             last = min(first + QUERIES, tokens)
@@ -113,7 +115,9 @@ class SmallDecoder(Decoder):
                 q[:, :, first:last],
                 keys[:, :, : start + last],
                 values[:, :, : start + last],
-                attn_mask=visible(sparse, spec.heads, start + first, start + last).to(q.device),
+                attn_mask=visible(
+                    sparse, spec.heads, positions[start + first : start + last], positions[: start + last]
+                ),
                 scale=spec.attention_scale,
             )
         return mixed.transpose(1, 2).flatten(2), (k, v)
@@ -146,8 +150,9 @@ class Phi3Small:
         )
         self._checkpoint, self._spec, self._decoder = checkpoint, spec, SmallDecoder(spec)
         self._outer = {t.role: load_outer(checkpoint, spec, t.role) for t in spec.tensors if t.layer is None}
+        if spec.tied:
+            self._outer["head"] = self._outer["embedding"]
         self._blocks = [load_block(checkpoint, spec, layer) for layer in range(spec.layers)] if keep else None
-        self._masked = torch.tensor(spec.masked_ids, dtype=torch.int64)
 
     def eval(self) -> Phi3Small:
         """The model itself: it has no dropout to switch off."""
@@ -168,7 +173,7 @@ class Phi3Small:
             use_cache: whether to give back a cache.
             logits_to_keep: so many of the last tokens, all for 0, or the places of those that are wanted.
         """
-        spec, decoder, new = self._spec, self._decoder, input_ids.shape[1]
+        decoder, new = self._decoder, input_ids.shape[1]
         cache = past_key_values or Cache(input_ids[:, :0])
         ids = torch.cat([cache.ids, input_ids], 1)
         is_long = decoder.is_long(ids.shape[1])
@@ -176,11 +181,11 @@ class Phi3Small:
         if not seen:  # all keys are rotated anew
             input_ids = ids
         h, held = decoder.embed(self._outer["embedding"][input_ids]), []
-        for layer in range(spec.layers):
-            weights = self._blocks[layer] if self._blocks else load_block(self._checkpoint, spec, layer)
+        for layer in range(self._spec.layers):
+            weights = self._blocks[layer] if self._blocks else load_block(self._checkpoint, self._spec, layer)
             past = seen[layer] if seen else None
             qkv = decoder.apply("attn_qkv", decoder.normed("attn_norm", h, weights), weights)
-            mixed, kept = decoder.attend_with(qkv, layer, past, is_long)
+            mixed, kept = decoder.attend_with(qkv, layer, past)
             h = h + decoder.apply("attn_output", mixed, weights)
             gate_up = decoder.apply("ffn_gate_up", decoder.normed("ffn_norm", h, weights), weights)
             h = h + decoder.apply("ffn_down", decoder.gate(gate_up), weights)
@@ -190,28 +195,35 @@ class Phi3Small:
             cache.ids, cache.is_long, cache.layers = ids, is_long, held
         h = h[:, -new:]
         h = h[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else h[:, logits_to_keep]
-        h = decoder.normed("output_norm", h, self._outer)
-        logits = linear(h, self._outer["embedding" if spec.tied else "head"]) * spec.logit_scale
-        logits[..., self._masked] = torch.finfo(logits.dtype).min
+        logits = decoder.logits(decoder.normed("output_norm", h, self._outer), self._outer)
         return Output(logits, cache if use_cache else None)
 
 
-def visible(sparse: BlockSparse | None, heads: int, start: int, stop: int) -> Tensor:
-    """Which keys the queries at positions start to stop see: bool (heads, or 1 for all; queries; keys up to stop)."""
-    queries, keys = torch.arange(start, stop)[:, None], torch.arange(stop)
+def sparse_in(spec: ModelSpec, layer: int) -> BlockSparse | None:
+    """The pattern of a layer, or None where it sees everything."""
+    return spec.block_sparse if spec.block_sparse and spec.block_sparse.is_sparse(layer) else None
+
+
+def visible(sparse: BlockSparse | None, heads: int, queries: Tensor, keys: Tensor) -> Tensor:
+    """Which keys queries see, by their positions in a sequence.
+
+    Args:
+        sparse: the pattern, or None for all keys up to a query.
+        heads: of queries.
+        queries: positions, int64 (..., queries).
+        keys: likewise, (..., keys).
+
+    Returns:
+        bool (..., heads, or 1 for all; queries; keys).
+    """
+    queries, keys = queries[..., None, :, None], keys[..., None, None, :]
     causal = keys <= queries
     if sparse is None:
-        return causal[None]
+        return causal
     blocks = keys // sparse.block
     near = queries // sparse.block - blocks < sparse.local
-    shifts = torch.arange(heads)[:, None, None] * sparse.shift
+    shifts = torch.arange(heads, device=keys.device)[:, None, None] * sparse.shift
     return causal & (near | ((blocks + shifts + 1) % sparse.stride == 0))
-
-
-def turned(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of all channels of x, (sequences, heads, tokens, head size): the first half with the second."""
-    first, second = x.chunk(2, -1)
-    return x * angles[0] + torch.cat([-second, first], -1) * angles[1]
 
 
 def load_phi3small(folder: Path) -> Phi3Small:

@@ -77,10 +77,6 @@ def _plan_tensor(
     )
 
 
-NO_BUDGET = ("phi3small",)
-"""Families whose sensitivity to rounding is not computed."""
-
-
 def budget_codecs(
     model: ModelSpec, name: str, recipe: Recipe, target: Target, format_: Format
 ) -> dict[str, tuple[str, ...]]:
@@ -91,11 +87,8 @@ def budget_codecs(
 
     Raises:
         ConfigError: no codec is left for a tensor.
-        UnsupportedError: a family that no budget is computed for.
     """
     assert recipe.budget is not None
-    if model.family in NO_BUDGET:
-        raise UnsupportedError(f"byte budgets are not computed for family {model.family}", "name a recipe instead")
     found = {}
     for tensor in model.tensors:
         if stays_float(tensor.role) or tensor.grid is not None:

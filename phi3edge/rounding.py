@@ -108,15 +108,15 @@ def require_rounding(rounding: Rounding, calibrated: bool) -> None:
             raise UnsupportedError("--device cuda: torch finds no CUDA device", "use --device cpu")
 
 
-def require_mixture(rounding: Rounding) -> None:
-    """Raise for what calibrated rounding does not do with a mixture of experts.
+def require_mixture(spec: ModelSpec, rounding: Rounding) -> None:
+    """Raise for what calibrated rounding and byte budgets do not do with a mixture of experts.
 
     Raises:
         UnsupportedError: names it.
     """
-    from phi3edge.calibration import require_other_text
+    from phi3edge.calibration import require_writer
 
-    require_other_text(rounding.calibration)
+    require_writer(spec, rounding.calibration)
     if rounding.device != "cpu":
         raise UnsupportedError(f"--device {rounding.device} is not for a mixture of experts", "leave the option out")
 

@@ -8,8 +8,11 @@ weight does to the tokens of a sequence belongs together; the outputs o of a lin
     KL = 1/2 * sum over o of the mean over sequences of (sum over t of g_to * d_to)^2
 
 The float model runs forward once over a few sequences, its hidden states kept in files, then backward block by block:
-one block's weights, inputs and gradients are in memory. dW is what the codec really does, to a sample of the rows that
-is drawn by g^2.
+one block's weights, inputs and gradients are in memory, and of a mixture one expert's. dW is what the codec really
+does, to a sample of the rows that is drawn by g^2.
+
+An expert counts by the tokens that chose it, so that one that no token chose costs nothing: what its siblings cost
+already is of all tokens, two experts each.
 """
 
 from __future__ import annotations
@@ -26,10 +29,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from phi3edge.cache import cache_dir
+from phi3edge.centring import Centred
 from phi3edge.codecs import codec, is_float
 from phi3edge.errors import OutputError
 from phi3edge.files import write_text
-from phi3edge.forward import LINEARS, Basis, Decoder, Weights, load_block, load_outer
+from phi3edge.forward import LINEARS, Basis, Decoder, Weights, load_block, load_outer, load_outside
+from phi3edge.mixture import LlamaCppDecoder, Mixture, MixtureDecoder
+from phi3edge.mixture_backward import Backward
+from phi3edge.phi3small import decoder_of
 from phi3edge.progress import Stages, silent
 from phi3edge.reference import fingerprint
 from phi3edge.types import ModelSpec
@@ -98,19 +105,20 @@ def predict_losses(
     """Predict the KL that each codec costs each tensor, rounded to nearest.
 
     Args:
-        checkpoint: the opened checkpoint, in the basis in which it is rounded.
+        checkpoint: the opened checkpoint, in the basis in which it is rounded; `Centred` is computed as llama.cpp does.
         spec: the model.
         ids: token ids, int64, shape (sequences, tokens).
         codecs: the codecs to try, by the tensor's name; tensors without an entry are left out.
         weighted: whether the search of a linear's scales knows its inputs' mean squares.
-        device: where to compute.
+        device: where to compute; a mixture of experts on the CPU only.
         stages: shows progress.
 
     Returns:
         Nats per token, by tensor name and codec.
     """
+    run = _MixtureRun if spec.experts else _Run
     with tempfile.TemporaryDirectory(prefix="phi3edge-") as work, stages("sensitivity", 2 * spec.layers + 1) as advance:
-        return _Run(checkpoint, spec, ids, codecs, weighted, Path(work), device).losses(advance)
+        return run(checkpoint, spec, ids, codecs, weighted, Path(work), device).losses(advance)
 
 
 class _Run:
@@ -128,17 +136,20 @@ class _Run:
     ) -> None:
         self._checkpoint, self._spec, self._ids, self._codecs, self._work = checkpoint, spec, ids, codecs, work
         self._weighted = weighted
-        self._decoder = Decoder(spec, device)
-        self._device = self._decoder.device
-        self._names = {(t.role, t.layer): t.name for t in spec.tensors}
+        self._device = torch.device(device)
+        self._decoder = self._decoder_of(device)
+        self._names = {(t.role, t.layer, t.expert): t.name for t in spec.tensors}
+
+    def _decoder_of(self, device: str) -> Decoder:
+        return decoder_of(self._spec, device)
 
     def losses(self, advance: Callable[[int], None]) -> dict[str, dict[str, float]]:
         found: dict[str, dict[str, float]] = {}
         with torch.no_grad():
-            self._write(0, load_outer(self._checkpoint, self._spec, "embedding")[self._ids])
+            embedded = self._decoder.embed(load_outer(self._checkpoint, self._spec, "embedding")[self._ids])
+            self._write(0, embedded)
             for layer in range(self._spec.layers):
-                weights = load_block(self._checkpoint, self._spec, layer, self._device)
-                self._write(layer + 1, torch.cat([self._decoder.block(h[None], weights) for h in self._read(layer)]))
+                self._write(layer + 1, self._forward(layer))
                 advance(1)
         gradient = self._head(found)
         advance(1)
@@ -148,32 +159,37 @@ class _Run:
         self._embedding(gradient, found)
         return found
 
+    def _forward(self, layer: int) -> Tensor:
+        """The hidden states that come out of a block."""
+        weights = load_block(self._checkpoint, self._spec, layer, self._device)
+        return torch.cat([self._decoder.block(h[None], weights, layer=layer) for h in self._read(layer)])
+
     def _head(self, found: dict[str, dict[str, float]]) -> Tensor:
         """The head's losses, and the gradient of log p(y) by the last hidden states, (sequences, tokens, hidden)."""
-        gain = load_outer(self._checkpoint, self._spec, "output_norm", self._device)
-        weight = load_outer(self._checkpoint, self._spec, "head", self._device)
+        outer = load_outside(self._checkpoint, self._spec, self._device)
+        weight, scale = outer["head"], self._spec.logit_scale
         drawn = torch.Generator(self._device).manual_seed(0)
         role = "embedding" if self._spec.tied else "head"
         energy = torch.zeros(len(weight), device=self._device)
         inputs, gradients = [], []
         for h in self._read(self._spec.layers).flatten(0, 1).split(_LOGIT_TOKENS):
             h = h.detach().requires_grad_()
-            x = self._decoder.norm(h, gain)
-            logits = linear(x.detach(), weight)
-            p = logits.softmax(-1)
-            energy += (p * (1 - p)).sum(0)
+            x = self._decoder.normed("output_norm", h, outer)
+            p = self._decoder.logits(x.detach(), outer).softmax(-1)
+            energy += (p * (1 - p)).sum(0) * scale**2
             y = p.multinomial(1, generator=drawn)
             by_logits = -p.scatter_add(1, y, -torch.ones_like(y, dtype=p.dtype))
-            x.backward(by_logits @ weight)
+            x.backward(by_logits @ weight * scale)
             inputs.append(x.detach())
             gradients.append(h.grad)
         x = torch.cat(inputs)
 
         def lost(rows: Tensor, d: Tensor) -> Tensor:  # E g^2 of a logit is known exactly, and it has one token
-            p = torch.cat([linear(part, weight).softmax(-1)[:, rows] for part in x.split(_LOGIT_TOKENS)])
-            return (p * (1 - p) * d.square()).sum(0)
+            parts = [self._decoder.logits(part, outer).softmax(-1)[:, rows] for part in x.split(_LOGIT_TOKENS)]
+            p = torch.cat(parts)
+            return (p * (1 - p) * (scale * d).square()).sum(0)
 
-        self._measure(self._names[role, None], weight, x, energy, lost, found)
+        self._measure(self._names[role, None, None], weight, x, energy, lost, found)
         return torch.cat(gradients).view(*self._ids.shape, -1)
 
     def _block(self, layer: int, gradient: Tensor, found: dict[str, dict[str, float]]) -> Tensor:
@@ -185,7 +201,7 @@ class _Run:
         for h, after in zip(self._read(layer), gradient, strict=True):
             h = h[None].detach().requires_grad_()
             seen: dict[str, tuple[Tensor, Tensor]] = {}
-            self._traced(h, weights, seen).backward(after[None])
+            self._traced(h, weights, seen, layer).backward(after[None])
             for role, (x, y) in seen.items():
                 inputs[role].append(x.detach()[0])
                 outputs[role].append(y.grad[0])
@@ -197,32 +213,33 @@ class _Run:
                 return JOINT * (g[..., rows] * d).sum(1).square().sum(0)
 
             energy = g.square().sum((0, 1))
-            self._measure(self._names[role, layer], weights[role], x, energy, lost, found)
+            self._measure(self._names[role, layer, None], weights[role], x, energy, lost, found)
         return torch.cat(before)
 
-    def _traced(self, h: Tensor, weights: Weights, seen: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+    def _traced(self, h: Tensor, weights: Weights, seen: dict[str, tuple[Tensor, Tensor]], layer: int) -> Tensor:
         """Decoder.block, with each linear's input and output kept; the outputs get gradients."""
 
         def apply(role: str, x: Tensor) -> Tensor:
-            y = linear(x, weights[role])
+            y = self._decoder.apply(role, x, weights)
             y.retain_grad()
             seen[role] = x, y
             return y
 
         decoder = self._decoder
-        x = decoder.attend(apply("attn_qkv", decoder.norm(h, weights["attn_norm"])))
+        x = decoder.attend(apply("attn_qkv", decoder.normed("attn_norm", h, weights)), layer)
         h = h + apply("attn_output", x)
-        x = decoder.gate(apply("ffn_gate_up", decoder.norm(h, weights["ffn_norm"])))
+        x = decoder.gate(apply("ffn_gate_up", decoder.normed("ffn_norm", h, weights)))
         return h + apply("ffn_down", x)
 
     def _embedding(self, gradient: Tensor, found: dict[str, dict[str, float]]) -> None:
         """The embedding's losses: each row counts as often as its token comes."""
-        name = self._names["embedding", None]
+        name = self._names["embedding", None, None]
         table = load_outer(self._checkpoint, self._spec, "embedding")
         sequences = np.arange(len(self._ids))[:, None] * self._spec.vocab_size
         kinds, places = torch.from_numpy((sequences + self._ids).reshape(-1)).unique(return_inverse=True)
         g = torch.zeros(len(kinds), self._spec.hidden_size)
         g.index_add_(0, places, gradient.flatten(0, 1).cpu())  # of a token in a sequence, wherever it comes
+        g *= self._spec.embedding_scale
         tokens, places = (kinds % self._spec.vocab_size).unique(return_inverse=True)
         rows = table[tokens].numpy()
         for tried in self._codecs.get(name, ()):
@@ -266,6 +283,33 @@ class _Run:
     def _read(self, layer: int) -> Tensor:
         """Hidden states that go into a block, (sequences, tokens, hidden)."""
         return torch.from_numpy(np.load(self._work / f"hidden-{layer}.npy")).to(self._device)
+
+
+class _MixtureRun(_Run):
+    """The same for a mixture of experts, of whose weights those of one expert are in memory at a time."""
+
+    _decoder: MixtureDecoder
+
+    def _decoder_of(self, device: str) -> MixtureDecoder:
+        return (LlamaCppDecoder if isinstance(self._checkpoint, Centred) else MixtureDecoder)(self._spec, device)
+
+    def losses(self, advance: Callable[[int], None]) -> dict[str, dict[str, float]]:
+        unseen = {tensor: dict.fromkeys(tried, 0.0) for tensor, tried in self._codecs.items()}
+        return unseen | super().losses(advance)
+
+    def _forward(self, layer: int) -> Tensor:
+        return Mixture(self._checkpoint, self._spec, False, self._decoder).block(self._read(layer), layer)[0]
+
+    def _block(self, layer: int, gradient: Tensor, found: dict[str, dict[str, float]]) -> Tensor:
+        def watch(role: str, expert: int | None, weight: Tensor, x: Tensor, g: Tensor, sequences: Tensor) -> None:
+            def lost(rows: Tensor, d: Tensor) -> Tensor:
+                sums = torch.zeros(len(self._ids), len(rows)).index_add_(0, sequences, g[:, rows] * d)
+                return JOINT * sums.square().sum(0)
+
+            self._measure(self._names[role, layer, expert], weight, x, g.square().sum(0), lost, found)
+
+        backward = Backward(self._checkpoint, self._spec, self._decoder)
+        return backward.block(self._read(layer), layer, gradient, watch)
 
 
 def _draw(energy: Tensor, count: int) -> tuple[Tensor, Tensor]:

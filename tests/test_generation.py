@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 from _models import GROUPED, MHA, TIED, Shape, write_model
+from _small import ORIGINAL, SMALL, Small, longrope, write_small
 
+from phi3edge.calibration import calibration_text
 from phi3edge.checkpoint import open_checkpoint
+from phi3edge.errors import UsageError
 from phi3edge.families import parse_config
-from phi3edge.forward import Decoder
-from phi3edge.generation import TEMPERATURE, Cache, Fit, apply, choose, fit, generate, load, step
+from phi3edge.generation import TEMPERATURE, Cache, Fit, choose, fit, generate, load, step
+from phi3edge.phi3small import decoder_of
 from phi3edge.reference import load_model
 from phi3edge.types import ModelSpec
 
@@ -24,16 +27,16 @@ def _logits(folder: Path, ids: torch.Tensor, begins: list[int], dtype: torch.dty
     found = []
     with torch.inference_mode(), open_checkpoint(folder) as checkpoint:
         spec = parse_config(checkpoint.config, checkpoint.generation_config, "tiny")
-        decoder, device = Decoder(spec), torch.device("cpu")
+        decoder, device = decoder_of(spec), torch.device("cpu")
         outer = load(checkpoint, spec, None, dtype, device)
         blocks = [load(checkpoint, spec, n, dtype, device) for n in range(spec.layers)]
         cache = Cache(decoder, *ids.shape, dtype)
         for position in range(ids.shape[1]):
-            h = outer["embedding"][ids[:, position]].float()
+            h = decoder.embed(outer["embedding"][ids[:, position]].float())
             since = torch.tensor([begin if position >= begin else 0 for begin in begins])
             for layer, weights in enumerate(blocks):
                 h = step(cache, h, layer, weights, position, since)
-            found.append(apply(outer["embedding" if spec.tied else "head"], decoder.norm(h, outer["output_norm"])))
+            found.append(decoder.logits(decoder.normed("output_norm", h, outer), outer))
     return torch.stack(found, 1)
 
 
@@ -57,6 +60,34 @@ def test_a_text_sees_nothing_of_the_one_before_it_in_its_row(tmp_path: Path) -> 
     found = _logits(folder, ids, [0, 17])[1, 17:]
     torch.testing.assert_close(found, alone, rtol=0, atol=2e-4)
     assert (found - together).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("shape", [SMALL, Small(tied=False)], ids=["tied", "untied"])
+@pytest.mark.parametrize("changes", [{}, longrope()], ids=["8k", "128k"])
+def test_a_block_sparse_model_gives_the_logits_of_its_reference(tmp_path: Path, shape: Small, changes: dict) -> None:
+    """Also of a text within a row: its blocks are counted from its own beginning."""
+    folder, begin = write_small(tmp_path / "model", shape, **changes), 37
+    ids = torch.randint(0, shape.vocab, (2, 3 * TOKENS), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        model = load_model(folder)
+        first, alone = model(ids[:1]).logits[0], model(ids[1:, begin:]).logits[0]
+    found = _logits(folder, ids, [0, begin])
+    assert (first == torch.finfo(torch.float32).min).sum() == 3 * len(first)  # tokens that stand for nothing
+    torch.testing.assert_close(found[0], first, rtol=0, atol=2e-4)
+    torch.testing.assert_close(found[1, begin:], alone, rtol=0, atol=2e-4)
+
+
+def test_a_block_sparse_model_writes_its_own_calibration_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHI3EDGE_CACHE", str(tmp_path / "cache"))
+    folder = write_small(tmp_path / "model", **longrope())
+    with open_checkpoint(folder) as checkpoint:
+        spec = parse_config(checkpoint.config, checkpoint.generation_config, "tiny")
+        text = calibration_text(None, folder, spec, 2, ORIGINAL + 44)  # in two rows each
+        assert text.name.startswith("written by the model itself")
+        assert text.ids.shape == (2, ORIGINAL + 44)
+        assert not np.isin(text.ids, spec.masked_ids).any()
+        with pytest.raises(UsageError, match=f"within its original context of {ORIGINAL}"):
+            generate(checkpoint, spec, [_Told(0)], ORIGINAL + 1, 0)
 
 
 def test_bfloat16_is_near(tmp_path: Path) -> None:

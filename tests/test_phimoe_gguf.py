@@ -19,7 +19,6 @@ from _moe import (
 )
 
 from phi3edge import rounding
-from phi3edge.budget import Budget
 from phi3edge.build import export, prepare
 from phi3edge.centring import ROUTER_SHIFT, Centred
 from phi3edge.checkpoint import open_checkpoint
@@ -196,7 +195,6 @@ def test_memory_is_a_few_experts_whatever_there_are(tmp_path: Path) -> None:
 
 def test_what_is_not_made_is_refused_before_any_work(model: Path) -> None:
     for options, reason in (
-        ({"budget": Budget(bytes=10**6)}, "byte budgets are not computed for a mixture of experts"),
         ({"rounding": Rounding("gptq")}, "a mixture of experts does not write its own text"),
         ({"rounding": Rounding("awq", "self+python")}, "a mixture of experts does not write its own text"),
     ):

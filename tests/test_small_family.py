@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from _small import CONTEXT, ORIGINAL, SMALL, Small, longrope, small_config, write_small
 
-from phi3edge.budget import Budget
 from phi3edge.build import prepare
 from phi3edge.checkpoint import open_checkpoint
 from phi3edge.errors import CheckpointError, Phi3EdgeError, UnsupportedError
@@ -170,8 +169,6 @@ def test_what_no_artifact_can_hold_is_refused_before_any_work(tmp_path: Path) ->
     (tmp_path / "config.json").write_text(json.dumps(small_config()))
     with pytest.raises(UnsupportedError, match=r"cannot be a GGUF file: llama\.cpp has no architecture.*block-sparse"):
         prepare(str(tmp_path), "cpu", format_="gguf")
-    with pytest.raises(UnsupportedError, match="byte budgets are not computed for family phi3small"):
-        prepare(str(tmp_path), "cpu", format_="onnx", budget=Budget(bytes=10**6))
     ready = prepare(str(tmp_path), "cpu", format_="onnx")
     assert ready.fit.context == CONTEXT
     assert {t.codec for t in ready.plan.tensors if t.tensor.role.endswith("bias")} == {"f32"}

@@ -130,8 +130,9 @@ def test_it_computes_the_description(kind: str, tmp_path: Path) -> None:
 def test_the_original_pattern_is_dense_up_to_1024_tokens_and_not_beyond() -> None:
     original = {"blocksparse_block_size": 64, "blocksparse_num_local_blocks": 16, "blocksparse_vert_stride": 8}
     sparse = parse_config(small_config(**original), None, "tiny").block_sparse
-    dense = phi3small.visible(None, 6, 0, 1025)
-    seen = phi3small.visible(sparse, 6, 0, 1025)
+    positions = torch.arange(1025)
+    dense = phi3small.visible(None, 6, positions, positions)
+    seen = phi3small.visible(sparse, 6, positions, positions)
     assert (seen[:, :1024] == dense[:, :1024]).all()
     hidden = (dense & ~seen)[:, 1024].nonzero()
     assert set(hidden[:, 0].tolist()) == {0, 1, 2, 3, 4, 5}  # block 0 is a stripe of no head but the eighth

@@ -26,6 +26,26 @@ IR_VERSION = 10
 BLOCKS = (16, 32, 64, 128)
 """Sizes that SparseAttention takes."""
 
+WEIGHTS = {
+    "embedding": r"model\.embed_tokens\.weight",
+    "attn_norm": r"model\.layers\.(?P<layer>\d+)\.attn_norm\.weight",
+    "attn_norm_bias": r"model\.layers\.(?P<layer>\d+)\.attn_norm\.bias",
+    "attn_qkv": r"model\.layers\.(?P<layer>\d+)\.attn\.qkv\.weight",
+    "attn_qkv_bias": r"model\.layers\.(?P<layer>\d+)\.attn\.qkv\.bias",
+    "attn_output": r"model\.layers\.(?P<layer>\d+)\.attn\.out\.weight",
+    "attn_output_bias": r"model\.layers\.(?P<layer>\d+)\.attn\.out\.bias",
+    "ffn_norm": r"model\.layers\.(?P<layer>\d+)\.ffn_norm\.weight",
+    "ffn_norm_bias": r"model\.layers\.(?P<layer>\d+)\.ffn_norm\.bias",
+    "ffn_gate_up": r"model\.layers\.(?P<layer>\d+)\.mlp\.up\.weight",
+    "ffn_gate_up_bias": r"model\.layers\.(?P<layer>\d+)\.mlp\.up\.bias",
+    "ffn_down": r"model\.layers\.(?P<layer>\d+)\.mlp\.down\.weight",
+    "ffn_down_bias": r"model\.layers\.(?P<layer>\d+)\.mlp\.down\.bias",
+    "output_norm": r"model\.final_norm\.weight",
+    "output_norm_bias": r"model\.final_norm\.bias",
+    "head": r"lm_head\.weight",
+}
+"""Names of the weights of each role in this graph."""
+
 GELU_ALPHA = 1.702
 TABLES = ("cos", "sin")
 
