@@ -17,8 +17,8 @@ from phi3edge.checkpoint import open_checkpoint
 from phi3edge.dequantized import Dequantized
 from phi3edge.errors import UnsupportedError, UsageError
 from phi3edge.families import parse_config
-from phi3edge.forward import Decoder
-from phi3edge.layers import By, Losses, Source, find_losses
+from phi3edge.forward import Decoder, Readable
+from phi3edge.layers import By, Losses, find_losses
 from phi3edge.rounding import Rounding
 from phi3edge.runners import llama_cpp, ort_genai
 from phi3edge.targets import Format
@@ -138,7 +138,7 @@ def kl(p: torch.Tensor, q: torch.Tensor) -> float:
 
 
 @torch.inference_mode()
-def forward(weights: Source, ids: np.ndarray, spec: ModelSpec) -> torch.Tensor:
+def forward(weights: Readable, ids: np.ndarray, spec: ModelSpec) -> torch.Tensor:
     decoder = Decoder(spec)
     names = {(t.role, t.layer): t.name for t in spec.tensors}
 

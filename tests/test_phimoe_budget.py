@@ -19,7 +19,7 @@ from phi3edge.checkpoint import Checkpoint, open_checkpoint
 from phi3edge.codecs import codec
 from phi3edge.errors import UnsupportedError
 from phi3edge.families import parse_config
-from phi3edge.forward import Source
+from phi3edge.forward import Readable
 from phi3edge.mixture import LlamaCppDecoder, Mixture, MixtureDecoder
 from phi3edge.mixture_backward import Backward
 from phi3edge.rounding import Rounding
@@ -64,7 +64,7 @@ def some_ids(seed: int = 5) -> np.ndarray:
 class Changed:
     """A source with some tensors of its own."""
 
-    def __init__(self, source: Source, changes: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, source: Readable, changes: Mapping[str, np.ndarray]) -> None:
         self._source, self._changes = source, changes
 
     def read(self, name: str) -> np.ndarray:
