@@ -53,48 +53,54 @@ class Rounded:
         return weight if weight.ndim == 1 else module.dequantize(module.quantize(weight))
 
 
+def compare(seed: int) -> None:
+    """One model with each codec, and with the mix for its bytes."""
+    (name, recipe), (_, target) = load_recipe("budget"), load_target("cpu")
+    with tempfile.TemporaryDirectory() as work, open_checkpoint(write_phimoe(Path(work) / "m", seed=seed)) as found:
+        os.environ["PHI3EDGE_CACHE"] = work
+        spec = parse_config(found.config, found.generation_config, "mixture")
+        ids, other = (np.random.default_rng(n).integers(0, spec.vocab_size, (SEQUENCES, TOKENS)) for n in (5, 6))
+        source, decoder = Centred(found, spec), LlamaCppDecoder(spec)
+
+        def log_probs(codecs: Mapping[str, str]) -> torch.Tensor:
+            with torch.inference_mode():
+                model = Mixture(Rounded(source, codecs), spec, True, decoder)
+                return model(torch.from_numpy(other)).logits.log_softmax(-1)
+
+        exact = log_probs({})
+
+        def measured(plan: QuantPlan) -> float:
+            lost = exact - log_probs({t.tensor.name: t.codec for t in plan.tensors if not is_float(t.codec)})
+            return round(float((exact.exp() * lost).sum(-1).mean()), 5)
+
+        for one in CODECS:
+            alike = make_plan(spec, one, recipe.model_copy(update={"codecs": {"linear": one, "norm": "f32"}}))
+            mix, _ = plan_within(
+                Budget(bytes=alike.weight_bytes),
+                source,
+                spec,
+                name,
+                recipe,
+                target,
+                "gguf",
+                lambda plan: plan.weight_bytes,
+                CalibrationText(ids, "random tokens"),
+                False,
+                "cpu",
+                silent,
+            )
+            row = {"seed": seed, "bytes": alike.weight_bytes, "codec": one, "kl": measured(alike)}
+            print(
+                json.dumps(row | {"kl_of_the_mix": measured(mix), "predicted": round(mix.predicted_kl, 5)}), flush=True
+            )
+
+
 def main() -> None:
     """See the file's head."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=2)
-    args = parser.parse_args()
-    (name, recipe), (_, target) = load_recipe("budget"), load_target("cpu")
-    for seed in range(args.seeds):
-        with tempfile.TemporaryDirectory() as work, open_checkpoint(write_phimoe(Path(work) / "m", seed=seed)) as found:
-            os.environ["PHI3EDGE_CACHE"] = work
-            spec = parse_config(found.config, found.generation_config, "mixture")
-            ids, other = (np.random.default_rng(n).integers(0, spec.vocab_size, (SEQUENCES, TOKENS)) for n in (5, 6))
-            source, decoder = Centred(found, spec), LlamaCppDecoder(spec)
-
-            def log_probs(codecs: Mapping[str, str]) -> torch.Tensor:
-                with torch.inference_mode():
-                    model = Mixture(Rounded(source, codecs), spec, True, decoder)
-                    return model(torch.from_numpy(other)).logits.log_softmax(-1)
-
-            exact = log_probs({})
-
-            def measured(plan: QuantPlan) -> float:
-                lost = exact - log_probs({t.tensor.name: t.codec for t in plan.tensors if not is_float(t.codec)})
-                return round(float((exact.exp() * lost).sum(-1).mean()), 5)
-
-            for one in CODECS:
-                alike = make_plan(spec, one, recipe.model_copy(update={"codecs": {"linear": one, "norm": "f32"}}))
-                mix, _ = plan_within(
-                    Budget(bytes=alike.weight_bytes),
-                    source,
-                    spec,
-                    name,
-                    recipe,
-                    target,
-                    "gguf",
-                    lambda plan: plan.weight_bytes,
-                    CalibrationText(ids, "random tokens"),
-                    False,
-                    "cpu",
-                    silent,
-                )
-                row = {"seed": seed, "bytes": alike.weight_bytes, "codec": one, "kl": measured(alike)}
-                print(json.dumps(row | {"kl_of_the_mix": measured(mix), "predicted": round(mix.predicted_kl, 5)}))
+    for seed in range(parser.parse_args().seeds):
+        compare(seed)
 
 
 if __name__ == "__main__":
