@@ -50,7 +50,7 @@ def checkpoint(model: Path) -> Iterator[Checkpoint]:
 
 
 @pytest.mark.parametrize("format_", ["gguf", "onnx"])
-def test_an_expert_sees_the_tokens_that_the_rounded_router_sends_to_it_and_others_where_those_are_few(
+def test_an_expert_sees_what_the_rounded_router_sends_to_it_and_others_where_that_is_few(
     checkpoint: Checkpoint, format_: str
 ) -> None:
     plan, text = plan_of(checkpoint, format_), text_of(6, 256)
