@@ -14,12 +14,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from phi3edge.cache import cache_dir
@@ -120,19 +123,40 @@ def round_model(
     steps = plan.model.layers + 1
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with torch.inference_mode(), stages("calibrate", steps) as advance:
+        with _alone(folder, stages), torch.inference_mode(), stages("calibrate", steps) as advance:
             run = (run_class or Run)(checkpoint, plan, text.ids, folder, device, keep_values)
             advance(run.finished)
             while run.finished < steps:
                 run.step()
                 advance(1)
-        _prune(folder)
+            _prune(folder)
     except OSError as error:
         raise OutputError(
             f"cannot keep the rounded model in {folder.parent}: {error.strerror or error}",
             "it goes on from the last finished block; PHI3EDGE_CACHE names another folder",
         ) from error
     return Rounded(folder, tuple(run.figures), tuple(map(tuple, run.expert_tokens)))
+
+
+@contextmanager
+def _alone(folder: Path, stages: Stages) -> Iterator[None]:
+    """Hold the lock of a folder; what another process is at work on is waited for, and then used."""
+    lock = _lock(folder)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        with stages("wait for another process that rounds the same", None):
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _lock(folder: Path) -> FileLock:
+    locks = cache_dir() / "locks"
+    locks.mkdir(exist_ok=True)
+    return FileLock(locks / f"{folder.name}.lock", is_singleton=False)
 
 
 class Run:
@@ -446,10 +470,11 @@ def _key(checkpoint: Basis, plan: QuantPlan, text: CalibrationText, device: str,
 
 
 def _prune(newest: Path) -> None:
-    """Deletes the oldest roundings until the rest take at most KEPT_BYTES."""
+    """Deletes the oldest roundings until the rest take at most KEPT_BYTES; not those that a process is at work on."""
     folders = sorted(newest.parent.iterdir(), key=lambda folder: (folder == newest, folder.stat().st_mtime))
     room = KEPT_BYTES
     for folder in reversed(folders):
         room -= sum(file.stat().st_size for file in folder.iterdir())
         if room < 0 and folder != newest:
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(Timeout), _lock(folder).acquire(blocking=False):
+                shutil.rmtree(folder, ignore_errors=True)

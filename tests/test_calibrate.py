@@ -1,7 +1,9 @@
 """Rounding block by block: what it gains over plain rounding, how it resumes, and what it refuses."""
 
 import json
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from phi3edge.codecs import codec, is_float, row_bytes
 from phi3edge.errors import OutputError, UnsupportedError
 from phi3edge.families import parse_config
 from phi3edge.forward import LINEARS, Decoder
+from phi3edge.progress import Advance
 from phi3edge.rewrite import Rewritten
 from phi3edge.types import ModelSpec, QuantPlan, TensorPlan
 
@@ -163,6 +166,50 @@ def test_a_finished_rounding_is_used_again_and_another_text_is_another(
     again = round_model(basis, plan, text_of(spec))
     assert again == first
     assert json.loads((again.folder / "finished.json").read_text())["steps"] == spec.layers + 1
+
+
+def test_two_that_would_round_the_same_do_it_once(model: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_of(model)
+    plan, basis, text = plan_of(spec, "q4_0"), Rewritten(model, spec), text_of(spec)
+    told: list[str] = []
+    waits, steps, step = threading.Event(), [], calibrate.Run.step
+
+    @contextmanager
+    def stages(name: str, total: int | None = None) -> Iterator[Advance]:
+        told.append(name)
+        if name.startswith("wait"):
+            waits.set()
+        yield lambda units: None
+
+    def counted(self: calibrate.Run) -> None:
+        assert steps or len(told) == 1  # in the first step of the first one, the second one comes
+        if not steps:
+            second.start()
+            assert waits.wait(60)
+        steps.append(self.finished)
+        step(self)
+
+    monkeypatch.setattr(calibrate.Run, "step", counted)
+    found: list[calibrate.Rounded] = []
+    second = threading.Thread(target=lambda: found.append(round_model(basis, plan, text, stages=stages)))
+    first = round_model(basis, plan, text, stages=stages)
+    second.join()
+    assert found == [first]
+    assert steps == list(range(spec.layers + 1))
+    assert told == ["calibrate", "wait for another process that rounds the same", "calibrate"]
+
+
+def test_what_is_at_work_is_not_pruned(model: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_of(model)
+    plan, basis = plan_of(spec, "q4_0"), Rewritten(model, spec)
+    monkeypatch.setattr(calibrate, "KEPT_BYTES", 1)
+    first = round_model(basis, plan, text_of(spec))
+    with calibrate._lock(first.folder):
+        second = round_model(basis, plan, text_of(spec, seed=5))
+        assert first.folder.exists()
+    round_model(basis, plan, text_of(spec, seed=6))
+    assert not first.folder.exists()
+    assert not second.folder.exists()
 
 
 def test_weights_that_give_no_numbers_are_refused_by_name(model: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
