@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from phi3edge import machine
-from phi3edge.checkpoint import Checkpoint, open_checkpoint
+from phi3edge.checkpoint import open_checkpoint
 from phi3edge.families import parse_config
-from phi3edge.forward import Decoder, Weights, load_block, load_outer
+from phi3edge.forward import Decoder, Readable, Weights, load_block, load_outer
 from phi3edge.types import BlockSparse, ModelSpec
 
 QUERIES = 256
@@ -135,11 +135,11 @@ class Phi3Small:
         config: sizes under transformers' names.
     """
 
-    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, keep: bool = True) -> None:
+    def __init__(self, checkpoint: Readable, spec: ModelSpec, keep: bool = True) -> None:
         """Read weights.
 
         Args:
-            checkpoint: an opened one.
+            checkpoint: an opened one, or another in its place.
             spec: its model.
             keep: read the blocks once only, and keep them; else each is read again whenever it is used.
         """
