@@ -33,7 +33,7 @@ class Artifact:
 
     @property
     def positions(self) -> int:
-        """Tokens that the model has positions for, as the artifact itself says."""
+        """Tokens that the artifact itself says it is for."""
         if self.is_onnx:
             return int(read_folder(self.file).config["model"]["context_length"])
         found = read_header(self.file).metadata

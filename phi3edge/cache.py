@@ -1,4 +1,4 @@
-"""Where phi3edge keeps what it can make again: the demo model, reference passes."""
+"""Where phi3edge keeps what it can make again: the demo model, reference passes, texts, losses, rounded linears."""
 
 import os
 from pathlib import Path

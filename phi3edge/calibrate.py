@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -43,7 +45,12 @@ if TYPE_CHECKING:
     from phi3edge.calibration import CalibrationText
 
 KEPT_BYTES = 16 * 10**9
-"""What rounded models may take in the cache; the oldest go first. The newest stays whatever its size."""
+"""What rounded models may take in the cache; those that were used longest ago go first. The newest stays whatever its
+size, and so do those that a process may be at work on."""
+
+FRESH, ABANDONED = 3600, 14 * 86400
+"""Seconds that a rounding is left alone after its last use, for an export may be reading it; and that an unfinished one
+is after its last block, for it may be gone on with."""
 
 _BATCH_TOKENS = 4096
 _MEASURED_ROWS = 1024  # of a weight, evenly spaced, whose error is measured: a few seconds less for each wide linear
@@ -122,13 +129,14 @@ def round_model(
     folder = cache_dir() / "rounded" / _key(checkpoint, plan, text, device, keep_values)
     steps = plan.model.layers + 1
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder, stages), torch.inference_mode(), stages("calibrate", steps) as advance:
+            folder.mkdir(parents=True, exist_ok=True)
             run = (run_class or Run)(checkpoint, plan, text.ids, folder, device, keep_values)
             advance(run.finished)
             while run.finished < steps:
                 run.step()
                 advance(1)
+            os.utime(folder)
             _prune(folder)
     except OSError as error:
         raise OutputError(
@@ -155,7 +163,7 @@ def _alone(folder: Path, stages: Stages) -> Iterator[None]:
 
 def _lock(folder: Path) -> FileLock:
     locks = cache_dir() / "locks"
-    locks.mkdir(exist_ok=True)
+    locks.mkdir(parents=True, exist_ok=True)
     return FileLock(locks / f"{folder.name}.lock", is_singleton=False)
 
 
@@ -470,11 +478,17 @@ def _key(checkpoint: Basis, plan: QuantPlan, text: CalibrationText, device: str,
 
 
 def _prune(newest: Path) -> None:
-    """Deletes the oldest roundings until the rest take at most KEPT_BYTES; not those that a process is at work on."""
-    folders = sorted(newest.parent.iterdir(), key=lambda folder: (folder == newest, folder.stat().st_mtime))
+    """Deletes the oldest roundings until the rest take at most KEPT_BYTES, but none that may be in use."""
+    found = []
+    for folder in newest.parent.iterdir():
+        with suppress(OSError):  # another process may be at work on it, or it is no folder
+            age = time.time() - folder.stat().st_mtime
+            spared = age < (ABANDONED if any(folder.glob("hidden-*")) else FRESH)
+            taken = sum(file.stat().st_size for file in folder.iterdir())
+            found.append((folder != newest, age, spared, folder, taken))
     room = KEPT_BYTES
-    for folder in reversed(folders):
-        room -= sum(file.stat().st_size for file in folder.iterdir())
-        if room < 0 and folder != newest:
+    for is_other, _, spared, folder, taken in sorted(found):
+        room -= taken
+        if room < 0 and is_other and not spared:
             with suppress(Timeout), _lock(folder).acquire(blocking=False):
                 shutil.rmtree(folder, ignore_errors=True)

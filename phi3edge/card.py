@@ -200,7 +200,7 @@ def _calibration(said: JSON) -> str:
     experts = ""
     if counts := sorted(n for layer in described.get("expert_tokens", []) for n in layer):
         middle = f"{median(counts):.0f}"
-        experts = f" Each expert was chosen by {counts[0]} to {counts[-1]} of them, half by {middle} or fewer."
+        experts = f" Each expert was chosen by {counts[0]} to {counts[-1]} of its tokens, half by {middle} or fewer."
     return f"## Calibration\n\nThe weights were rounded with {tokens + what}{hashed}.{experts}"
 
 

@@ -26,7 +26,7 @@ from phi3edge.answers import Answers
 from phi3edge.distributions import log_softmax
 from phi3edge.errors import UnsupportedError, UsageError
 from phi3edge.progress import Stages, silent
-from phi3edge.reference import load_model
+from phi3edge.reference import load_model, loading
 from phi3edge.runners import Runner, shared_length
 
 PIECE = 16
@@ -423,7 +423,7 @@ class ReferenceModel(Adapter):
         self._held: list[int] = []  # tokens whose keys and values are in `_past`
 
     def _load(self) -> None:
-        with self._stages("load reference", None):
+        with self._stages(loading(self._checkpoint), None):
             self._model = load_model(self._checkpoint)
         config = self._model.config
         original = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from phi3edge.progress import Stages, silent
-from phi3edge.reference import load_model, load_tokenizer
+from phi3edge.reference import load_model, load_tokenizer, loading
 from phi3edge.text import Text, cut, default_text
 from phi3edge.types import KVScales
 
@@ -39,12 +39,13 @@ def calibrate_kv(checkpoint: Path, text: Text | None = None, stages: Stages = si
     Raises:
         MissingExtraError: torch or transformers is not installed.
         CheckpointError: transformers cannot load the checkpoint or its tokenizer.
-        UsageError: the text is too short, or the weights in float32 do not fit into this machine's free memory.
+        UsageError: the text is too short, or the weights do not fit into the free memory, and stand in the files as
+            integers.
     """
     text = text or default_text()
     last = load_tokenizer(checkpoint)(text.text)["input_ids"][-CHUNKS * CHUNK_TOKENS :]
     ids = cut(last, CHUNKS, CHUNK_TOKENS, CHUNK_TOKENS, text.name)
-    with stages("load reference", None):
+    with stages(loading(checkpoint), None):
         model = load_model(checkpoint)
     import torch
 

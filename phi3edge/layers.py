@@ -7,7 +7,7 @@ so n exchanged blocks cost n / 2 passes; and every block is read once, whatever 
 
 Weights can be exchanged only in one basis. Calibrated artifacts are in another one than their checkpoint's (see
 phi3edge.rewrite), so the reference is rewritten into the basis that the artifact is found to be in. A mixture of
-experts in a GGUF file is computed as llama.cpp does, on both sides: where that is not the model itself (see
+experts in a GGUF file of ours is computed as llama.cpp does, on both sides: where that is not the model itself (see
 phi3edge.centring) is no loss of the artifact's here. Of a mixture one expert's weights are in memory at a time, and are
 read again for every model.
 """

@@ -235,4 +235,8 @@ def load_phi3small(folder: Path) -> Phi3Small:
     checkpoint = open_checkpoint(folder)
     spec = parse_config(checkpoint.config, checkpoint.generation_config, checkpoint.name)
     checkpoint.check(spec)
-    return Phi3Small(checkpoint, spec, keep=machine.holds(4 * spec.parameters))
+    keep = machine.holds(4 * spec.parameters)
+    model = Phi3Small(checkpoint, spec, keep)
+    if keep:
+        checkpoint.close()
+    return model

@@ -28,8 +28,8 @@ RUNTIME_BYTES = 64 * 2**20
 
 
 TEXT_ONLY = (
-    "Text only: this is the model's text decoder. What reads images is not in the artifact; parameters, figures and "
-    "the reference are of the text decoder too."
+    "Text only: this is the model's text decoder. What reads images is not in the artifact; the parameters and "
+    "the reference are the text decoder's too."
 )
 """Said of models that also read images."""
 

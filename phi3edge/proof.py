@@ -15,6 +15,7 @@ from phi3edge.errors import UnsupportedError, UsageError
 from phi3edge.families import parse_config
 from phi3edge.files import write_text
 from phi3edge.gates import Gates, check_gates, load_gates, require_baseline
+from phi3edge.plan import choose_context
 from phi3edge.progress import Stages, reporting, silent
 from phi3edge.reference import require_reference
 from phi3edge.registry import load
@@ -133,8 +134,10 @@ def validate_artifact(
     source.close()  # the reference is computed from its folder
     format_: Format = said.get("format", "onnx" if found.is_onnx else "gguf")
     runtime = (device.formats.get(format_) or next(iter(device.formats.values()))) if device else None
-    context = said.get("context") or (device.context if device else CHUNK_TOKENS)
     spec = _spec(source.config, source.generation_config, source.name)
+    context = said.get("context") or (device.context if device else CHUNK_TOKENS)
+    if spec and device and format_ in device.formats and "context" not in said:
+        context = choose_context(spec, device, format_, None)
     report, pairs = validate(
         found.file,
         source.path,

@@ -17,6 +17,7 @@ import struct
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def reference_pass(checkpoint: Path, wanted: Wanted, stages: Stages = silent) ->
     Raises:
         MissingExtraError: torch or transformers is not installed.
         CheckpointError: transformers cannot load the checkpoint.
-        UsageError: the weights in float32 do not fit into this machine's free memory.
+        UsageError: the weights do not fit into the free memory, and stand in the files as integers.
         OutputError: no space for the cache.
     """
     root = cache_dir() / "reference"
@@ -180,11 +181,8 @@ def _run(checkpoint: Path, wanted: Wanted, work: Path, stages: Stages) -> None:
     import torch
 
     own, mixture = model_type(checkpoint) in OWN, model_type(checkpoint) == "phimoe"
-    if stays_in_files(checkpoint):
-        load = f"open reference; {size(_bytes(checkpoint))} are not free, so each step reads its files"
-    else:
-        load = "load reference"
-    with stages(load, None):
+    in_files = stays_in_files(checkpoint)
+    with stages(loading(checkpoint), None):
         model = load_model(checkpoint)
     vocabulary, shape = model.config.vocab_size, (len(wanted.chunks), wanted.rows)
     text_log_probs, shared = np.empty(shape, np.float32), np.zeros(shape, bool)
@@ -209,8 +207,11 @@ def _run(checkpoint: Path, wanted: Wanted, work: Path, stages: Stages) -> None:
                 ids, rows = torch.from_numpy(tokens), torch.tensor(positions)
                 logits = model(ids[None], use_cache=False, logits_to_keep=rows).logits[0]
                 keeper.add(torch.log_softmax(logits, -1).numpy())
-        # side by side where each step reads all weights anew; one by one is faster where it does not
-        together = wanted.prompts and stays_in_files(checkpoint) and not own
+        # side by side where each step reads all weights anew; one by one is faster where it does not, and needed where
+        # the longest sequence would decide about the others' rotary factors
+        original = getattr(model.config, "original_max_position_embeddings", None)
+        longest = max(map(len, wanted.prompts), default=0) + wanted.greedy_tokens
+        together = in_files and not own and 0 < longest <= (original or model.config.max_position_embeddings)
         batches = [wanted.prompts] if together else [[prompt] for prompt in wanted.prompts]
         answers = []
         with stages("reference answers", len(batches) * (wanted.greedy_tokens + 1)) as advance:
@@ -375,9 +376,19 @@ def stays_in_files(checkpoint: Path) -> bool:
     return not _is_prequantized(checkpoint) and not machine.holds(_bytes(checkpoint))
 
 
+def loading(checkpoint: Path) -> str:
+    """What to call the loading of the reference, before it is loaded."""
+    if not stays_in_files(checkpoint):
+        return "load reference"
+    return f"open reference: {size(_bytes(checkpoint))} would fill the free memory, so each step reads its files"
+
+
 def _bytes(checkpoint: Path) -> int:
     """Of all weights in float32."""
-    return 4 * parse_config(_config(checkpoint, "config.json"), None, checkpoint.name).parameters
+    if _is_prequantized(checkpoint):
+        return 4 * parse_config(_config(checkpoint, "config.json"), None, checkpoint.name).parameters
+    with open_checkpoint(checkpoint) as stored:
+        return 4 * sum(prod(stored.info(name)[1]) for name in stored.names)
 
 
 def _require_memory(checkpoint: Path) -> None:

@@ -32,6 +32,10 @@ LEAST_SEQUENCES, MOST_SEQUENCES = 48, 128
 need the most, within bounds that a computer without a GPU can bear."""
 
 
+MOVED = "Weights are in another basis than the checkpoint's: adapters made for it do not fit them."
+"""Said of rotated, scaled and centred ones."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rounding:
     """What a user may say about rounding.
@@ -150,7 +154,7 @@ def round_weights(
     if rounding.statistics:
         return _with_statistics(basis, plan, rounding.statistics)
     if not is_calibrated(plan):
-        return Rounded(basis, None, None, None, {}, [])
+        return Rounded(basis, None, None, None, {}, [MOVED] if basis is not source else [])
     from phi3edge.calibrate import round_model
     from phi3edge.calibration import calibration_text
 
@@ -172,7 +176,7 @@ def round_weights(
         described["expert_tokens"] = found.expert_tokens
         notes += _few(spec, found.expert_tokens)
     if basis is not source or any(t.method in SCALED for t in plan.tensors):
-        notes.append("Weights are in another basis than the checkpoint's: adapters made for it do not fit them.")
+        notes.append(MOVED)
     return Rounded(basis, found.rows, None, text.ids, described, notes + ([text.note] if text.note else []))
 
 
@@ -186,9 +190,12 @@ def _run_class(spec: ModelSpec) -> type[Run] | None:
 
 def _few(spec: ModelSpec, expert_tokens: Sequence[Sequence[int]]) -> list[str]:
     """What to tell of experts that few tokens chose; see phi3edge.calibrate_mixture."""
-    counts, columns = [count for layer in expert_tokens for count in layer], spec.intermediate_size
-    few = sum(count < columns for count in counts)
-    said = f"{few} of {len(counts)} experts were chosen by fewer than {columns:,} tokens"
+    from phi3edge.calibrate_mixture import TOKENS_PER_COLUMN
+
+    counts = [count for layer in expert_tokens for count in layer]
+    wanted = TOKENS_PER_COLUMN * max(spec.hidden_size, spec.intermediate_size)
+    few = sum(count < wanted for count in counts)
+    said = f"{few} of {len(counts)} experts were chosen by fewer than {wanted:,} tokens"
     return [f"{said}: they are calibrated on others of their layer too."] if few else []
 
 

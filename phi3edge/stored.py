@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from phi3edge.checkpoint import EMBEDDING, HEAD
+from phi3edge.checkpoint import EMBEDDING, HEAD, open_checkpoint
 from phi3edge.errors import CheckpointError
 
 PART = 1 << 26
@@ -81,9 +81,11 @@ def load_stored(checkpoint: Path, config: Any) -> Any:
 
 
 def _mapped(checkpoint: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, by name; nothing of them is read yet."""
+    """All tensors of a checkpoint, by name; nothing of them is read yet."""
     found: dict[str, Tensor] = {}
-    for shard in sorted(checkpoint.glob("*.safetensors")):
+    with open_checkpoint(checkpoint) as opened:
+        shards = opened.shards
+    for shard in shards:
         with safe_open(shard, framework="pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     return found

@@ -157,7 +157,8 @@ def validate(
     Raises:
         ConfigError: a gate on an unknown metric.
         UsageError: too short a text, one that shares passages with the calibration's, a baseline of another protocol
-            or none where a gate needs one, no runtime for the artifact, too little memory for the reference.
+            or none where a gate needs one, no runtime for the artifact, too little memory for a reference of
+            integers.
         MissingExtraError: the runtime, torch or transformers is not installed.
         CheckpointError: transformers cannot load the checkpoint.
         RunnerError: the runtime refuses the artifact, crashes or hangs, or the artifact has another vocabulary.
@@ -177,6 +178,7 @@ def validate(
     size = vocabulary_size(checkpoint)
     prompts = [prompt_ids(tokenizer, question) for question in QUESTIONS]
     longest = reach(spec, context, runtime.HEEDS_WINDOW) if spec and positions else context
+    longest = max(context, min(longest, len(all_ids)))  # of a longer context only what the text is long enough for
     long = probes(spec, longest) if spec and positions else []
     if long and len(all_ids) < longest:
         raise UsageError(

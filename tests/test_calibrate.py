@@ -1,7 +1,9 @@
 """Rounding block by block: what it gains over plain rounding, how it resumes, and what it refuses."""
 
 import json
+import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -204,12 +206,20 @@ def test_what_is_at_work_is_not_pruned(model: Checkpoint, monkeypatch: pytest.Mo
     plan, basis = plan_of(spec, "q4_0"), Rewritten(model, spec)
     monkeypatch.setattr(calibrate, "KEPT_BYTES", 1)
     first = round_model(basis, plan, text_of(spec))
+    os.utime(first.folder, (0, 0))
     with calibrate._lock(first.folder):
         second = round_model(basis, plan, text_of(spec, seed=5))
         assert first.folder.exists()
-    round_model(basis, plan, text_of(spec, seed=6))
+    (second.folder / "hidden-0-float").touch()  # as if it had been interrupted
+    os.utime(second.folder, (time.time() - 2 * calibrate.FRESH,) * 2)
+    (first.folder.parent / "no folder").touch()
+    third = round_model(basis, plan, text_of(spec, seed=6))
     assert not first.folder.exists()
+    assert second.folder.exists()
+    os.utime(second.folder, (0, 0))
+    round_model(basis, plan, text_of(spec, seed=7))
     assert not second.folder.exists()
+    assert third.folder.exists(), "an export may be reading it"
 
 
 def test_weights_that_give_no_numbers_are_refused_by_name(model: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

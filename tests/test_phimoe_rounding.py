@@ -134,9 +134,9 @@ def test_other_tokens_make_up_for_those_that_an_expert_lacks(model: Path, tmp_pa
         str(model), "cpu", format_="gguf", recipe="q4_0", out=tmp_path / "out", rounding=Rounding("gptq", str(text), 8)
     )
     said = json.loads((made.folder / "phi3edge.json").read_text())["calibration"]
-    few = sum(count < INTERMEDIATE for row in said["expert_tokens"] for count in row)
+    few = sum(count < 2 * INTERMEDIATE for row in said["expert_tokens"] for count in row)
     assert said["expert_tokens"][0][RARE] < LEAST_TOKENS
-    assert any(f"{few} of {LAYERS * EXPERTS} experts were chosen by fewer than 512" in note for note in made.notes)
+    assert any(f"{few} of {LAYERS * EXPERTS} experts were chosen by fewer than 1,024" in note for note in made.notes)
     rows = {row["name"]: row for row in said["linears"]}
     for part, columns in (("w1", HIDDEN), ("w2", INTERMEDIATE), ("w3", HIDDEN)):
         rare = rows[f"model.layers.0.block_sparse_moe.experts.{RARE}.{part}.weight"]

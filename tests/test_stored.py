@@ -9,6 +9,7 @@ from _models import GROUPED, MHA, TIED, Shape, write_model
 from _prequantized import GPTQ, write_prequantized
 from _small import write_small
 from _vision import write_vision
+from safetensors.torch import load_file, save_file
 from test_longrope import longrope
 
 from phi3edge import machine, reference, stored
@@ -97,7 +98,7 @@ def test_a_pass_says_so_and_gives_the_same_figures(tmp_path: Path, monkeypatch: 
     read = reference_pass(folder, wanted, Stage)
     assert told[0] == "load reference"
     [opened] = [name for name in told if name.startswith("open")]
-    assert opened == "open reference; 5.38 MB are not free, so each step reads its files"
+    assert opened == "open reference: 5.38 MB would fill the free memory, so each step reads its files"
     np.testing.assert_array_equal(read.text_log_probs, whole.text_log_probs)
     assert (read.greedy, read.ended) == (whole.greedy, whole.ended)
 
@@ -128,8 +129,20 @@ def test_integers_need_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_memory")
+def test_only_the_files_of_the_checkpoint_count(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", GROUPED)
+    with torch.inference_mode():
+        expected = load_model(folder)(ids(30)).logits
+        write_model(tmp_path / "other", GROUPED, seed=1)
+        (tmp_path / "other" / "model.safetensors").rename(folder / "old.safetensors")
+        assert torch.equal(load_model(folder)(ids(30)).logits, expected)
+
+
+@pytest.mark.usefixtures("no_memory")
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", GROUPED)
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"tensor 'model\.embed_tokens\.weight' is missing"):
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"tensor 'model\.norm\.weight' is missing"):
         load_model(folder)

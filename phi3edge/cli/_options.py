@@ -111,7 +111,11 @@ MethodOption = Annotated[
 ]
 CalibrationOption = Annotated[
     str | None,
-    typer.Option("--calibration", help="self, python, self+python, a text file, or hub:ORG/NAME:FILE."),
+    typer.Option(
+        "--calibration",
+        help="self (default), python, self+python, a text file, or hub:ORG/NAME:FILE. A mixture of experts needs "
+        "python or a file.",
+    ),
 ]
 SequencesOption = Annotated[
     int | None,

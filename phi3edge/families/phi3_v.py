@@ -34,7 +34,7 @@ def parse(config: JSON, generation_config: JSON | None, name: str) -> ModelSpec:
             f"config.json: architectures is {short(architectures)}; family phi3_v reads ['{ARCHITECTURE}']"
         )
     for key in IMAGES:
-        if not isinstance(config.get(key, {}), dict):
+        if not isinstance(config.get(key) or {}, dict):
             raise CheckpointError(f"config.json: {key} is {short(config[key])}; expected an object")
     spec = phi3.parse(text_config(config), generation_config, name)
     return replace(spec, images=IMAGE_TENSORS)
