@@ -29,11 +29,11 @@ from torch.nn.functional import linear, silu
 
 from phi3edge.accumulate import Accumulator
 from phi3edge.calibrate import BlockPath, LinearFigures, Moments, Run
-from phi3edge.centring import FACTORS, Centred
+from phi3edge.centring import FACTORS, Centred, mixture_decoder
 from phi3edge.forward import Basis, Decoder, Weights, load_block
 from phi3edge.methods import SCALED
 from phi3edge.methods.awq import SAMPLED_ROWS
-from phi3edge.mixture import LlamaCppDecoder, MixtureDecoder
+from phi3edge.mixture import MixtureDecoder
 from phi3edge.scaling import channels, find_scale
 from phi3edge.types import QuantPlan
 
@@ -112,9 +112,8 @@ class MixtureRun(Run):
         self._factors = FACTORS if isinstance(checkpoint, Centred) else dict.fromkeys(FACTORS, 1.0)
 
     def _of_each_model(self, device: str) -> dict[str, Decoder]:
-        model = MixtureDecoder(self._plan.model, device)
-        rounded = LlamaCppDecoder(self._plan.model, device) if isinstance(self._checkpoint, Centred) else model
-        return {"float": model, "rounded": rounded}
+        spec = self._plan.model
+        return {"float": MixtureDecoder(spec, device), "rounded": mixture_decoder(self._checkpoint, spec, device)}
 
     def _round_block(self, layer: int) -> list[LinearFigures]:
         kept, scaled = self._scaled_block(layer)

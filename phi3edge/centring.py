@@ -25,6 +25,7 @@ from phi3edge.types import ModelSpec, Quantized
 
 if TYPE_CHECKING:
     from phi3edge.checkpoint import Checkpoint
+    from phi3edge.mixture import MixtureDecoder
 
 ROUTER_SHIFT = 11
 """Least KL on a small random model, 300 sequences of 30 tokens. With less the weights are further from 1 (8: 6e-7 nats,
@@ -80,6 +81,13 @@ class Centred:
         if role in FACTORS:
             rows *= np.float32(FACTORS[role])
         return rows
+
+
+def mixture_decoder(weights: object, spec: ModelSpec, device: str = "cpu") -> MixtureDecoder:
+    """What computes a mixture between its linears: centred weights as llama.cpp does, others as the model means it."""
+    from phi3edge.mixture import LlamaCppDecoder, MixtureDecoder
+
+    return (LlamaCppDecoder if isinstance(weights, Centred) else MixtureDecoder)(spec, device)
 
 
 class _Means:

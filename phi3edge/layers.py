@@ -31,13 +31,13 @@ from phi3edge import folders
 from phi3edge.artifact import Artifact
 from phi3edge.budget_plan import budget_recipe
 from phi3edge.calibration import refuse_overlap
-from phi3edge.centring import Centred
+from phi3edge.centring import Centred, mixture_decoder
 from phi3edge.codecs import holds, row_bytes
 from phi3edge.dequantized import HEAD, Dequantized
 from phi3edge.errors import UnsupportedError
 from phi3edge.files import write_text
 from phi3edge.forward import Decoder, Readable, Weights
-from phi3edge.mixture import LlamaCppDecoder, Mixture, MixtureDecoder
+from phi3edge.mixture import Mixture, MixtureDecoder
 from phi3edge.phi3small import decoder_of
 from phi3edge.progress import Stages, silent
 from phi3edge.recipes import load_recipe
@@ -429,7 +429,7 @@ class _ComparedMixture(_Compared):
     """The same for a mixture of experts, whose blocks are not held in memory."""
 
     def _decoder_of(self) -> MixtureDecoder:
-        return (LlamaCppDecoder if isinstance(self._sources["only"], Centred) else MixtureDecoder)(self._spec)
+        return mixture_decoder(self._sources["only"], self._spec)
 
     def _blocks(self, layer: int) -> dict[str, Weights]:
         return {}

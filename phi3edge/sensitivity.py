@@ -29,12 +29,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from phi3edge.cache import cache_dir
-from phi3edge.centring import Centred
+from phi3edge.centring import mixture_decoder
 from phi3edge.codecs import codec, is_float
 from phi3edge.errors import OutputError
 from phi3edge.files import write_text
 from phi3edge.forward import LINEARS, Basis, Decoder, Weights, load_block, load_outer, load_outside
-from phi3edge.mixture import LlamaCppDecoder, Mixture, MixtureDecoder
+from phi3edge.mixture import Mixture, MixtureDecoder
 from phi3edge.mixture_backward import Backward
 from phi3edge.phi3small import decoder_of
 from phi3edge.progress import Stages, silent
@@ -291,7 +291,7 @@ class _MixtureRun(_Run):
     _decoder: MixtureDecoder
 
     def _decoder_of(self, device: str) -> MixtureDecoder:
-        return (LlamaCppDecoder if isinstance(self._checkpoint, Centred) else MixtureDecoder)(self._spec, device)
+        return mixture_decoder(self._checkpoint, self._spec, device)
 
     def losses(self, advance: Callable[[int], None]) -> dict[str, dict[str, float]]:
         unseen = {tensor: dict.fromkeys(tried, 0.0) for tensor, tried in self._codecs.items()}

@@ -10,13 +10,12 @@ from _models import DTYPES, write_tokenizer, write_weights
 from safetensors.torch import load_file, save_file
 
 from phi3edge.calibrate import Rounded
-from phi3edge.calibrate_mixture import LlamaCppDecoder
 from phi3edge.calibration import CalibrationText
 from phi3edge.centring import Centred
 from phi3edge.checkpoint import Checkpoint
 from phi3edge.codecs import codec, is_float
 from phi3edge.families import parse_config
-from phi3edge.mixture import Mixture
+from phi3edge.mixture import LlamaCppDecoder, Mixture
 from phi3edge.plan import make_plan
 from phi3edge.recipes import load_recipe, with_method
 from phi3edge.types import QuantPlan
@@ -171,7 +170,5 @@ class Packed:
 
 def packed_model(checkpoint: Checkpoint, plan: QuantPlan, format_: str, found: Rounded) -> Mixture:
     """An artifact in torch, computed as its runtime does."""
-    made = Mixture(Packed(basis_of(checkpoint, plan, format_), plan, found), plan.model)
-    if format_ == "gguf":
-        made._decoder = LlamaCppDecoder(plan.model)
-    return made
+    weights = Packed(basis_of(checkpoint, plan, format_), plan, found)
+    return Mixture(weights, plan.model, decoder=LlamaCppDecoder(plan.model) if format_ == "gguf" else None)
